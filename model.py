@@ -1,0 +1,510 @@
+"""A small GPT whose attention is one of seven, chosen by one flag: from multi-head attention to multi-head latent
+attention (MLA). Read it from the top: each idea stands where it is first needed.
+
+Symbols, as in the papers: d = n_embd, H = n_head, h = d/H (the width of a head), r = round(rank * d) (the width of a
+latent), R = rope_dim. B sequences of T new tokens attend to S tokens, the cached ones included. x is (B, T, d).
+
+| attn          | positions                  | keys                                   | cached | can absorb |
+|---------------|----------------------------|----------------------------------------|--------|------------|
+| mha           | learned table              | k = x W_K                              | 2d     |            |
+| mha_rope      | RoPE on q and k            | k = RoPE(x W_K)                        | 2d     |            |
+| gqa           | RoPE on q and k            | rank*H key/value heads shared by all H | 2d rank|            |
+| mla           | learned table              | c = x W_DK, k = c W_UK                 | 2r     | yes        |
+| mla_rope      | RoPE after expansion       | k = RoPE(c W_UK)                       | 2r     | no         |
+| mla_prerope   | RoPE before compression    | c = RoPE(x W_K) W_DK, k = c W_UK       | 2r     | yes        |
+| mla_decoupled | RoPE on a part of its own  | as mla, and k^R = RoPE(x W_KR) beside  | 2r + R | yes        |
+
+"cached" counts numbers per token per layer. Values in every mla variant: c_v = x W_DV, v = c_v W_UV. With joint=True
+one latent feeds keys and values (W_DV is gone, and the cache holds r instead of 2r).
+
+Sources: Vaswani et al. 2017 (mha); Su et al. 2021 (RoPE); Ainslie et al. 2023 (gqa); DeepSeek-AI 2024, arXiv 2405.04434
+(MLA, absorption, the decoupled key); Mehta et al. 2025, arXiv 2506.09342 (mla and mla_rope in small models); Jha and
+Reagen 2025, arXiv 2507.09394 (mla_prerope).
+"""
+
+import math
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+ATTN = ("mha", "mha_rope", "gqa", "mla", "mla_rope", "mla_prerope", "mla_decoupled")
+ROTARY = ("mha_rope", "gqa", "mla_rope", "mla_prerope", "mla_decoupled")  # the others learn a table of positions
+ABSORBS = ("mla", "mla_prerope", "mla_decoupled")
+JOINS = ("mla", "mla_rope", "mla_decoupled")  # mla_prerope compresses rotated keys: nothing that a value could share
+
+
+@dataclass
+class GPTConfig:
+    """The shape of a model. Raises ValueError that names the field, what it got, and what it may be."""
+
+    block_size: int = 512  # tokens of context, at most
+    vocab_size: int = 4096
+    n_layer: int = 9
+    n_head: int = 8
+    n_embd: int = 512
+    attn: str = "mha_rope"  # one of ATTN
+    rank: float | None = None  # latent width / n_embd, or key/value heads / heads for gqa; 0.5 where it applies
+    joint: bool = False  # one latent for keys and values
+    rope_dim: int | None = None  # mla_decoupled: width of the rotary part; half a head by default
+    rope_base: float = 10000.0
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        def check(ok, field, may_be):
+            if not ok:
+                raise ValueError(f"{field}={getattr(self, field)!r}: must be {may_be}")
+
+        check(self.attn in ATTN, "attn", "one of " + ", ".join(ATTN))
+        for field in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+            check(type(getattr(self, field)) is int and getattr(self, field) > 0, field, "a whole number from 1")
+        check(self.vocab_size <= 65535, "vocab_size", "at most 65535: tokens are stored as uint16")
+        check(self.n_embd % self.n_head == 0, "n_head", f"a divisor of n_embd={self.n_embd}")
+        if self.attn in ROTARY and self.attn != "mla_decoupled":
+            check(self.head_dim % 2 == 0, "n_head", f"such that n_embd={self.n_embd} / n_head is even, for RoPE")
+        check(type(self.rope_base) in (int, float) and 1 < self.rope_base < math.inf, "rope_base", "a number above 1")
+        check(type(self.dropout) in (int, float) and 0 <= self.dropout < 1, "dropout", "in [0, 1)")
+        check(type(self.joint) is bool, "joint", "True or False")
+        if self.attn not in JOINS:
+            check(not self.joint, "joint", f"left out with attn={self.attn}: it goes with " + ", ".join(JOINS))
+
+        if self.attn in ("mha", "mha_rope"):
+            check(self.rank is None, "rank", f"left out with attn={self.attn}, which compresses nothing")
+        else:
+            self.rank = 0.5 if self.rank is None else self.rank
+            check(type(self.rank) in (int, float) and 0 < self.rank <= 1, "rank", "a ratio in (0, 1]")
+            check(self.latent_dim > 0, "rank", f"at least {1 / self.n_embd:.2g}, one number of n_embd={self.n_embd}")
+        if self.attn == "gqa":
+            kv_heads = self.rank * self.n_head
+            whole = kv_heads == self.kv_heads and self.n_head % self.kv_heads == 0
+            check(whole, "rank", f"k/{self.n_head} with k, the number of key/value heads, a divisor of {self.n_head}")
+        if self.attn == "mla_decoupled":
+            self.rope_dim = max(2, self.head_dim // 4 * 2) if self.rope_dim is None else self.rope_dim
+            even = type(self.rope_dim) is int and self.rope_dim > 0 and self.rope_dim % 2 == 0
+            check(even, "rope_dim", "an even whole number from 2")
+        else:
+            check(self.rope_dim is None, "rope_dim", f"left out with attn={self.attn}: it goes with mla_decoupled")
+
+    @property
+    def head_dim(self):  # h
+        return self.n_embd // self.n_head
+
+    @property
+    def latent_dim(self):  # r
+        return round(self.rank * self.n_embd)
+
+    @property
+    def kv_heads(self):
+        """Heads in the cache: gqa shares them among groups, and a latent is one "head" for all."""
+        if self.attn == "gqa":
+            return max(1, round(self.rank * self.n_head))
+        return 1 if self.attn.startswith("mla") else self.n_head
+
+    @property
+    def cache_width(self):
+        """Numbers cached per token, layer and cached head."""
+        if not self.attn.startswith("mla"):
+            return 2 * self.head_dim
+        return (1 if self.joint else 2) * self.latent_dim + (self.rope_dim or 0)
+
+
+def rotary(positions, dim, base):
+    """The cosines and sines, each (T, dim/2) in float64, of RoPE's angles: position * base^(-2i/dim)."""
+    frequencies = base ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=positions.device) / dim)
+    angles = positions.double()[:, None] * frequencies
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, rope):
+    """RoPE: turn each pair (x_i, x_{i + w/2}) of x (..., T, w) by the angles of its position, the last T rows of rope.
+
+    The product q.k of two rotated vectors depends on their positions only through the difference."""
+    cos, sin = (table[-x.size(-2) :].to(torch.promote_types(x.dtype, torch.float32)) for table in rope)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
+
+
+def attend(q, k, v, scale, dropout=0.0):
+    """Causal softmax attention of the last T of S tokens: q (B, H, T, w), k and v (B, G, S, w) -> (B, H, T, w).
+
+    Heads that share keys (G < H) are folded into the query axis, so that each key is read once for all of them."""
+    (B, H, T, w), (G, S) = q.shape, k.shape[1:3]
+    fold = H // G
+    mask, causal = None, False
+    if T == S and fold == 1:
+        causal = True
+    elif T > 1:  # query t of the T new ones is token S - T + t, and sees up to itself
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T).repeat(fold, 1)
+    q = q.reshape(B, G, fold * T, w)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale)
+    return y.view(B, H, T, w)
+
+
+class Attention(nn.Module):
+    """All seven variants. A token leaves something behind (`keep`), which later ones turn into keys and values
+    (`expand`), or attend to as it is (`absorbed`). Training and decoding go the same way, with or without a cache."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.config, self.layer = config, layer
+        d, h, H = config.n_embd, config.head_dim, config.n_head
+
+        def linear(d_in, d_out):
+            return nn.Linear(d_in, d_out, bias=False)
+
+        self.w_q = linear(d, d)
+        if not config.attn.startswith("mla"):
+            self.w_k = linear(d, config.kv_heads * h)
+            self.w_v = linear(d, config.kv_heads * h)
+        else:
+            r = config.latent_dim
+            if config.attn == "mla_prerope":
+                self.w_k = linear(d, d)
+            self.w_dk = linear(d, r)  # D: down, to the latent
+            self.w_uk = linear(r, d)  # U: up, to the heads
+            if not config.joint:
+                self.w_dv = linear(d, r)
+            self.w_uv = linear(r, d)
+            if config.attn == "mla_decoupled":
+                self.w_qr = linear(d, H * config.rope_dim)
+                self.w_kr = linear(d, config.rope_dim)
+        self.w_o = linear(d, d)
+
+    def heads(self, x):
+        """(B, T, n * h) -> (B, n, T, h)"""
+        return x.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
+
+    def keep(self, x, rope):
+        """What tokens x (B, T, d) leave behind for the cache: a list of (B, kv_heads, T, width), the values' part first."""
+        attn = self.config.attn
+        if attn == "mha":
+            return [self.heads(self.w_v(x)), self.heads(self.w_k(x))]
+        if attn in ("mha_rope", "gqa"):
+            return [self.heads(self.w_v(x)), rotate(self.heads(self.w_k(x)), rope)]
+        if attn == "mla_prerope":
+            c_k = self.w_dk(rotate(self.heads(self.w_k(x)), rope).transpose(1, 2).flatten(2))
+        else:
+            c_k = self.w_dk(x)
+        latents = [c_k] if self.config.joint else [self.w_dv(x), c_k]
+        if attn == "mla_decoupled":
+            latents.append(rotate(self.w_kr(x), rope))
+        return [c.unsqueeze(1) for c in latents]
+
+    def queries(self, x, rope):
+        """(B, H, T, h); mla_decoupled appends its rotary part, R wide."""
+        attn, q = self.config.attn, self.heads(self.w_q(x))
+        if attn in ("mha", "mla"):
+            return q
+        if attn == "mla_decoupled":
+            q_r = self.w_qr(x).unflatten(-1, (-1, self.config.rope_dim)).transpose(1, 2)
+            return torch.cat((q, rotate(q_r, rope)), dim=-1)
+        return rotate(q, rope)
+
+    def expand(self, kept, rope):
+        """What S tokens left behind -> their keys and values, each (B, heads, S, h); mla_decoupled: h + R."""
+        attn = self.config.attn
+        if not attn.startswith("mla"):
+            v, k = kept
+            return k, v
+        c_v, c_k = kept[0], kept[0 if self.config.joint else 1]
+        k, v = self.heads(self.w_uk(c_k.squeeze(1))), self.heads(self.w_uv(c_v.squeeze(1)))
+        if attn == "mla_rope":
+            k = rotate(k, rope)
+        if attn == "mla_decoupled":
+            k = torch.cat((k, kept[-1].expand(-1, k.size(1), -1, -1)), dim=-1)  # one rotary key serves every head
+            v = F.pad(v, (0, self.config.rope_dim))  # fused attention wants values as wide as keys
+        return k, v
+
+    def absorbed(self, q, rows, scale):
+        """Attention on the latents themselves: q.(c W_UK) = (q W_UK^T).c, and sum p_s (c_s W_UV) = (sum p_s c_s) W_UV.
+
+        q (B, H, T, h [+ R]); rows (B, 1, S, cache_width) = [c_v | c_k | k^R], or [c | k^R] if joint -> (B, H, T, h).
+        The last r [+ R] columns are the keys. The first as many hold the values, with columns behind them that are
+        cut off after: two views of one cache, equally wide as fused attention wants them, and no copy."""
+        r, h = self.config.latent_dim, self.config.head_dim
+        w_uk, w_uv = self.w_uk.weight.view(-1, h, r), self.w_uv.weight.view(-1, h, r)  # (H, h, r)
+        q = torch.cat((q[..., :h] @ w_uk, q[..., h:]), dim=-1)  # (B, H, T, r [+ R])
+        width = q.size(-1)
+        c = attend(q, rows[..., -width:], rows[..., :width], scale)[..., :r]  # (B, H, T, r)
+        return c @ w_uv.transpose(1, 2)
+
+    def forward(self, x, rope, cache=None):
+        """x (B, T, d) -> (B, T, d). rope: rotary() of all S positions, the last T of them x's own, or None."""
+        h, T = self.config.head_dim, x.size(1)
+        q, kept = self.queries(x, rope), self.keep(x, rope)
+        scale = q.size(-1) ** -0.5  # 1/sqrt(h), or 1/sqrt(h + R): absorbing does not change the scores
+        if cache is not None:
+            kept, rows = cache.append(self.layer, kept)
+        # Absorbing saves expanding S latents, and pays with queries r wide instead of h: worth it for up to h queries.
+        if cache is not None and cache.absorb and T <= h:
+            y = self.absorbed(q, rows, scale)
+        else:
+            k, v = self.expand(kept, rope)
+            y = attend(q, k, v, scale, self.config.dropout if self.training else 0.0)[..., :h]
+        return self.w_o(y.transpose(1, 2).flatten(2))
+
+
+class KVCache:
+    """What every layer keeps of up to max_len tokens of batch_size sequences. Made by GPT.init_cache."""
+
+    def __init__(self, config, batch_size, max_len, absorb, dtype, device):
+        shape = (config.n_layer, batch_size, config.kv_heads, max_len, config.cache_width)
+        self.rows = torch.zeros(shape, dtype=dtype, device=device)
+        self.absorb = absorb
+        self.pos = 0  # tokens held
+
+    @property
+    def max_len(self):
+        return self.rows.size(3)
+
+    @property
+    def nbytes(self):
+        """Bytes allocated."""
+        return self.rows.nbytes
+
+    def reset(self):
+        """Forget all tokens; the memory stays."""
+        self.pos = 0
+
+    @torch.no_grad()
+    def append(self, layer, kept):
+        """Write what T tokens left behind; return it for all S tokens now held, as the list that it came as and as the
+        rows (B, kv_heads, S, cache_width) that the list's tensors are columns of."""
+        T, widths = kept[0].size(2), [part.size(-1) for part in kept]
+        end = self.pos + T
+        places = self.rows[layer, :, :, self.pos : end].split(widths, dim=-1)
+        for part, place in zip(kept, places, strict=True):
+            place.copy_(part)
+        rows = self.rows[layer, :, :, :end].to(kept[0].dtype)  # a view, unless the cache is of another precision
+        return rows.split(widths, dim=-1), rows
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.up = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
+        self.down = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
+
+    def forward(self, x):
+        return self.down(F.gelu(self.up(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.norm_1 = nn.LayerNorm(config.n_embd, bias=False)
+        self.attn = Attention(config, layer)
+        self.norm_2 = nn.LayerNorm(config.n_embd, bias=False)
+        self.mlp = MLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, rope, cache=None):
+        x = x + self.dropout(self.attn(self.norm_1(x), rope, cache))
+        return x + self.dropout(self.mlp(self.norm_2(x)))
+
+
+class GPT(nn.Module):
+    """Embedding, blocks, and the embedding again as output head: the shape of GPT-2, without biases."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.tokens = nn.Embedding(config.vocab_size, config.n_embd)
+        if config.attn not in ROTARY:
+            self.positions = nn.Embedding(config.block_size, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.norm = nn.LayerNorm(config.n_embd, bias=False)
+        self.init_weights()
+
+    def init_weights(self):
+        """GPT-2's: normal with deviation 0.02, or 0.02/sqrt(2 n_layer) where a projection adds to the residual stream.
+
+        Each entry of a product W_D W_U gets the variance that the full matrix in its place would have, so that latent
+        attention does not start with fainter keys and values than MHA. In mla_prerope the pair for keys follows W_K,
+        and keeps the size of what it is given: variance 1/d."""
+        d = self.config.n_embd
+        for name, weight in self.named_parameters():
+            std = 0.02
+            if name.endswith(("w_o.weight", "down.weight")):
+                std /= math.sqrt(2 * self.config.n_layer)
+            elif name.endswith(("w_dk.weight", "w_uk.weight", "w_dv.weight", "w_uv.weight")):
+                after_w_k = self.config.attn == "mla_prerope" and name.endswith("k.weight")
+                std_of_product = d**-0.5 if after_w_k else std
+                std = math.sqrt(std_of_product / math.sqrt(self.config.latent_dim))  # r std^4 = std_of_product^2
+            if weight.dim() == 2:  # the rest are the gains of LayerNorm, which start at 1
+                nn.init.normal_(weight, std=std)
+
+    def forward(self, idx, targets=None, cache=None):
+        """idx (B, T) int64 -> logits, loss.
+
+        With targets (B, T), -1 where none is asked for: logits (B, T, V) and the mean cross-entropy in nats per token.
+        Without: logits (B, 1, V) of the last position, and None. With a cache, idx continues the tokens that it holds.
+        Raises ValueError if the tokens overrun the context or the cache."""
+        if targets is not None and cache is not None:
+            raise ValueError("give targets or a cache, not both: a cache is for decoding")
+        T, start = idx.size(1), cache.pos if cache else 0
+        limit, place = (cache.max_len, "a cache") if cache else (self.config.block_size, "a context")
+        if start + T > limit:
+            raise ValueError(f"{start + T} tokens do not fit into {place} of {limit}")
+        x = self.tokens(idx)
+        rope = None
+        if self.config.attn in ROTARY:
+            dim = self.config.rope_dim or self.config.head_dim
+            rope = rotary(torch.arange(start + T, device=idx.device), dim, self.config.rope_base)
+        else:
+            x = x + self.positions.weight[start : start + T]
+        x = self.dropout(x)
+        for block in self.blocks:
+            x = block(x, rope, cache)
+        if cache is not None:
+            cache.pos += T
+        if targets is None:
+            return F.linear(self.norm(x[:, -1:]), self.tokens.weight), None
+        logits = F.linear(self.norm(x), self.tokens.weight)
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+    def init_cache(self, batch_size, max_len=None, absorb=None, dtype=None):
+        """An empty KVCache for batch_size sequences of max_len tokens (block_size by default), in dtype (the weights').
+
+        absorb=None absorbs where the variant can. Raises ValueError if absorb=True and it cannot, and if max_len is
+        more than block_size."""
+        attn, weight = self.config.attn, self.tokens.weight
+        max_len = self.config.block_size if max_len is None else max_len
+        if max_len > self.config.block_size:
+            raise ValueError(f"max_len={max_len}: must be at most {self.config.block_size}, the context of this model")
+        if absorb and attn == "mla_rope":
+            raise ValueError("absorb=True: mla_rope rotates its keys between W_UK and W_Q, so these two do not merge")
+        if absorb and attn not in ABSORBS:
+            raise ValueError(f"absorb=True: {attn} has no latent to absorb into; these have: " + ", ".join(ABSORBS))
+        absorb = attn in ABSORBS if absorb is None else absorb
+        return KVCache(self.config, batch_size, max_len, absorb, dtype or weight.dtype, weight.device)
+
+    def kv_bytes_per_token(self, dtype):
+        """Bytes that a token takes in the cache of one sequence, all layers together: the table on top as a formula."""
+        return self.config.n_layer * self.config.kv_heads * self.config.cache_width * dtype.itemsize
+
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, absorb=None, generator=None, stop=None):
+        """Continue idx (B, T) by sampling: (B, T + max_new_tokens), or fewer if every row has sampled the token `stop`.
+
+        temperature=0 takes the most likely token; top_k samples among the k most likely. generator: a torch.Generator
+        on the model's device. Raises ValueError if idx is empty or the result would not fit into block_size."""
+        if idx.size(1) == 0:
+            raise ValueError("the prompt has no tokens: give at least one")
+        if temperature < 0 or (top_k is not None and top_k < 1):
+            raise ValueError(f"temperature={temperature}, top_k={top_k}: must be at least 0 and 1")
+        length = idx.size(1) + max_new_tokens
+        if length > self.config.block_size:
+            raise ValueError(
+                f"{length} tokens ({max_new_tokens} of them new) overrun the context of {self.config.block_size}"
+            )
+        training = self.training
+        self.eval()
+        cache = self.init_cache(idx.size(0), length, absorb)
+        out, new = idx, idx
+        stopped = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
+        for _ in range(max_new_tokens):
+            logits = self(new, cache=cache)[0][:, -1].float()
+            if temperature == 0:
+                new = logits.argmax(-1, keepdim=True)
+            else:
+                if top_k is not None:
+                    least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+                    logits = logits.masked_fill(logits < least, -math.inf)
+                new = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+            out = torch.cat((out, new), dim=1)
+            stopped |= new == stop
+            if stop is not None and stopped.all():
+                break
+        self.train(training)
+        return out
+
+    def qk_chains(self, layer, head):
+        """The factors whose product is this head's W_Q W_K^T (d, d), in {"content": [...], "rotary": [...]}.
+
+        Two factors for MHA, three for MLA, four for mla_prerope; "rotary" for mla_decoupled alone. RoPE is left out."""
+        attn, config = self.blocks[layer].attn, self.config
+        h = config.head_dim
+
+        def of_head(linear, index, width):  # the columns of W (d_in, heads * width) that belong to one head
+            return linear.weight.detach().T[:, index * width : (index + 1) * width]
+
+        w_q = of_head(attn.w_q, head, h)
+        if not config.attn.startswith("mla"):
+            return {"content": [w_q, of_head(attn.w_k, head * config.kv_heads // config.n_head, h).T]}
+        content = [w_q, of_head(attn.w_uk, head, h).T, attn.w_dk.weight.detach()]
+        if config.attn == "mla_prerope":
+            content.append(attn.w_k.weight.detach())
+        if config.attn != "mla_decoupled":
+            return {"content": content}
+        return {"content": content, "rotary": [of_head(attn.w_qr, head, config.rope_dim), attn.w_kr.weight.detach()]}
+
+
+FORMAT = "nanoMLA checkpoint 1"
+
+
+def load_checkpoint(path, device="cpu"):
+    """Read a checkpoint of train.py -> the model in eval mode, and the checkpoint's dict (its entries: see train.py).
+
+    Only tensors and plain values are ever unpickled. Raises ValueError if the file is missing, truncated, of another
+    format, or does not fit its own configuration."""
+    if not os.path.isfile(path):
+        raise ValueError(f"{path}: no such file; python train.py writes checkpoints to out/ckpt.pt")
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # a damaged file can fail anywhere between zip, pickle and tensor
+        raise ValueError(f"{path}: not a checkpoint, or damaged: {type(error).__name__} while reading it") from error
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
+        raise ValueError(f"{path}: not a checkpoint of this version ({FORMAT})")
+    try:
+        with torch.device("meta"):  # shapes only: the memory is that of the tensors in the file
+            model = GPT(GPTConfig(**checkpoint["config"]))
+        model.load_state_dict(checkpoint["model"], assign=True)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path}: weights and configuration do not fit together: {reason}") from error
+    return model.eval(), checkpoint
+
+
+def tell(model, tokenizer, prompt, tokens=None, temperature=0.8, top_k=None, seed=0):
+    """One story that begins with prompt, sampled until it ends, or the context is full, or it has `tokens` new ones."""
+    words = tokenizer.encode_ordinary(prompt)
+    if not words:
+        raise ValueError("the prompt has no tokens: give at least one word")
+    # A story follows the end of another one, as in the training data.
+    idx = torch.tensor([[tokenizer.eot_token, *words]], device=model.tokens.weight.device)
+    room = model.config.block_size - idx.size(1)
+    if room < 1:
+        raise ValueError(f"a prompt of {len(words)} tokens fills the context of {model.config.block_size}: shorten it")
+    generator = torch.Generator(idx.device).manual_seed(seed)
+    new = room if tokens is None else min(tokens, room)
+    out = model.generate(idx, new, temperature, top_k, generator=generator, stop=tokenizer.eot_token)
+    story = out[0, 1:].tolist()
+    return tokenizer.decode(story[: story.index(tokenizer.eot_token)] if tokenizer.eot_token in story else story)
+
+
+def main():
+    from data.prepare import Parser, load_tokenizer
+
+    parser = Parser(description="Tell a story with a trained model.")
+    parser.add_argument("checkpoint", help="a file that train.py wrote, such as out/ckpt.pt")
+    parser.add_argument("--prompt", default="Once upon a time", help="the story's first words (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, help="new tokens, at most (default: as many as the context holds)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default: %(default)s)")
+    parser.add_argument("--top_k", type=int, help="sample among the k most likely tokens (default: all)")
+    parser.add_argument("--seed", type=int, default=0, help="another seed, another story (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: %(default)s)")
+    args = parser.parse_args()
+
+    model, checkpoint = load_checkpoint(args.checkpoint, args.device)
+    tokenizer = load_tokenizer(checkpoint["meta"]["tokenizer"])
+    print(tell(model, tokenizer, args.prompt, args.tokens, args.temperature, args.top_k, args.seed))
+
+
+if __name__ == "__main__":
+    from data.prepare import run
+
+    run(main)
