@@ -1,0 +1,220 @@
+"""Text to tokens: python data/prepare.py [stories|tinystories|FILE.txt] writes train.bin, val.bin and meta.json.
+
+Both .bin files are one stream of uint16 tokens: <|endoftext|>, a story, <|endoftext|>, a story, ..., <|endoftext|>.
+"""
+
+import argparse
+import base64
+import hashlib
+import itertools
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+import urllib.request
+from multiprocessing import Pool
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+from tqdm import tqdm
+
+DATA = Path(__file__).parent
+VOCABULARY = DATA / "stories.tiktoken"  # made by: python data/stories.py vocabulary
+PATTERN = r" ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+"  # words, numbers, punctuation, each with the space before it
+END = "<|endoftext|>"
+TINYSTORIES = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/TinyStories-train.txt"
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a wrong command line as ValueError; a mistyped flag is never taken for the one that it begins."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message):
+        raise ValueError(f"{message} (see --help)")
+
+
+def run(main):
+    """Run a script's main(). Bad input ends in one line on stderr and exit status 2, a failure in status 1."""
+    try:
+        main()
+    except ValueError as error:
+        status, message = 2, str(error)
+    except (OSError, FloatingPointError) as error:
+        status, message = 1, str(error)
+    except KeyboardInterrupt:
+        status, message = 130, "interrupted"
+    else:
+        return
+    print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(status)
+
+
+def load_tokenizer(name):
+    """The tiktoken.Encoding of that name: "stories" (ships with this file) or "gpt2" (downloaded once by tiktoken)."""
+    if name == "stories":
+        lines = VOCABULARY.read_text(encoding="ascii").splitlines()
+        ranks = {base64.b64decode(token): int(rank) for token, rank in map(str.split, lines)}
+        return tiktoken.Encoding(name, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={END: len(ranks)})
+    if name == "gpt2":
+        return tiktoken.get_encoding(name)
+    raise ValueError(f"tokenizer {name!r}: must be stories or gpt2")
+
+
+def write_stories(job):
+    """Stories of the world, by (seed, indices, tokenizer) -> their tokens, and the information content of each in nats."""
+    sys.path.insert(0, str(DATA))
+    from stories import Author
+
+    seed, indices, tokenizer = job
+    encode = load_tokenizer(tokenizer).encode_ordinary
+    stories = [Author(seed, index) for index in indices]
+    return [encode(story.text) for story in stories], [story.nats for story in stories]
+
+
+def split_documents(text):
+    """Stories in a text file: between <|endoftext|>, or else between blank lines. A single one is cut near its end."""
+    documents = text.split(END) if END in text else re.split(r"\n\s*\n", text)
+    documents = [document.strip() for document in documents if document.strip()]
+    if len(documents) == 1:
+        words = re.findall(r"\S+\s*", documents[0])
+        cut = len(words) - len(words) // 20
+        documents = ["".join(words[:cut]), "".join(words[cut:])]
+    return documents
+
+
+def download_tinystories(count):
+    """The first `count` stories of TinyStories (Eldan and Li 2023): about 0.9 KB each, read no further than needed."""
+    stories, lines = [], []
+    with urllib.request.urlopen(TINYSTORIES, timeout=30) as response, tqdm(total=count, unit=" stories") as bar:
+        for line in response:
+            lines.append(line.decode())
+            if line.strip() == END.encode():
+                stories.append("".join(lines[:-1]).strip())
+                lines = []
+                bar.update()
+                if len(stories) == count:
+                    break
+    return stories
+
+
+def tokenize(texts, tokenizer):
+    """Yield (tokens, None) of each text: nobody knows what these authors chose from."""
+    for start in tqdm(range(0, len(texts), 1000), unit="k stories", desc="tokenizing"):
+        yield from ((tokens, None) for tokens in tokenizer.encode_ordinary_batch(texts[start : start + 1000]))
+
+
+def invent(count, seed, tokenizer):
+    """Yield (tokens, nats) of each story of the world, written on all cores."""
+    jobs = [(seed, range(start, min(start + 500, count)), tokenizer.name) for start in range(0, count, 500)]
+    with Pool() as pool, tqdm(total=count, unit=" stories", mininterval=1) as bar:
+        for tokens, nats in pool.imap(write_stories, jobs):
+            bar.update(len(tokens))
+            yield from zip(tokens, nats, strict=True)
+
+
+def prepare(source="stories", stories=None, tokenizer=None, seed=0, root=DATA):
+    """Write a data set to root/<name>/ and return that folder; if it is there, made with the same arguments, do nothing.
+
+    source: "stories", "tinystories" or a text file; stories: how many (the first 100,000; a file: all); seed: of the world.
+    One story in twenty, 1,000 at most, the last ones, is for validation. The folder appears when it is whole.
+    Raises ValueError for bad input, OSError if the network or the disk fails."""
+    is_file = source not in ("stories", "tinystories")
+    name = Path(source).stem if is_file else source
+    if is_file and name in ("stories", "tinystories"):
+        raise ValueError(f"{source}: that name is taken by data/{name}; rename the file")
+    if stories is not None and stories < 2:
+        raise ValueError(f"--stories={stories}: must be at least 2, one to train on and one to validate")
+    stories = stories or (None if is_file else 100_000)
+    encoding = load_tokenizer(tokenizer or ("stories" if source == "stories" else "gpt2"))
+    meta = {"source": source if not is_file else Path(source).name, "stories": stories, "tokenizer": encoding.name}
+    if source == "stories":
+        made_by = (DATA / "stories.py", DATA / "world.txt", VOCABULARY)
+        meta |= {"seed": seed, "world": hashlib.sha256(b"".join(path.read_bytes() for path in made_by)).hexdigest()}
+    elif is_file:
+        try:
+            text = Path(source).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{source}: cannot be read as text: {error}") from error
+        meta["sha256"] = hashlib.sha256(text.encode()).hexdigest()
+
+    folder = Path(root) / name
+    if (folder / "meta.json").exists():
+        old = json.loads((folder / "meta.json").read_text())
+        if all(old.get(key) == value for key, value in meta.items()):
+            print(f"{folder} is ready")
+            return folder
+    if source == "stories":
+        documents = invent(stories, seed, encoding)
+    else:
+        texts = split_documents(text)[:stories] if is_file else download_tinystories(stories)
+        if len(texts) < 2:
+            raise ValueError(f"{source}: too short: nothing to validate on")
+        documents, stories = tokenize(texts, encoding), len(texts)
+
+    scratch = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=root))
+    try:
+        val_stories = max(1, min(1000, stories // 20))
+        end = np.array([encoding.eot_token], dtype=np.uint16)
+        for split, count in (("train", stories - val_stories), ("val", val_stories)):
+            tokens, nats = 0, []
+            with open(scratch / f"{split}.bin", "wb") as file:
+                end.tofile(file)
+                for story, story_nats in itertools.islice(documents, count):
+                    np.array([*story, encoding.eot_token], dtype=np.uint16).tofile(file)
+                    tokens += len(story) + 1
+                    nats.append(story_nats)
+            meta |= {f"{split}_stories": count, f"{split}_tokens": tokens}
+        known = source == "stories"  # nats per token, the end included: what a perfect model would lose on val.bin
+        meta |= {"vocab_size": encoding.n_vocab, "floor": sum(nats) / tokens if known else None}
+        meta["val_nats"] = nats if known else None
+        (scratch / "meta.json").write_text(json.dumps(meta, indent=1))
+        scratch.chmod(0o755)  # mkdtemp is for its owner alone
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(scratch, folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    print(f"{folder}: {meta['train_tokens']:,} tokens to train on, {meta['val_tokens']:,} to validate on", end="")
+    print(f", floor {meta['floor']:.4f} nats per token" if known else "")
+    return folder
+
+
+def load_data(folder):
+    """A folder that prepare() wrote -> meta (dict), train and val (memory-mapped uint16 arrays). ValueError if damaged."""
+    folder = Path(folder)
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        splits = [np.memmap(folder / f"{split}.bin", dtype=np.uint16, mode="r") for split in ("train", "val")]
+        whole = all(
+            len(tokens) == meta[f"{split}_tokens"] + 1 for tokens, split in zip(splits, ("train", "val"), strict=True)
+        )
+        whole = whole and all(int(tokens.max()) < meta["vocab_size"] for tokens in splits)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{folder}: not a data folder, or damaged ({error}); make it: python data/prepare.py"
+        ) from error
+    if not whole:
+        raise ValueError(
+            f"{folder}: its .bin files and meta.json do not fit together; delete the folder and prepare it again"
+        )
+    return meta, *splits
+
+
+def main():
+    parser = Parser(description="Turn stories into tokens: writes train.bin, val.bin and meta.json into data/<name>/.")
+    parser.add_argument("source", nargs="?", default="stories", metavar="stories|tinystories|FILE.txt", help=(
+        "the story world of data/stories.py (default), the TinyStories data set (downloaded), or your own text: "
+        "stories with <|endoftext|> or blank lines between them"))  # fmt: skip
+    parser.add_argument("--stories", type=int, help="how many (default: 100000; of a FILE.txt, all)")
+    parser.add_argument("--tokenizer", choices=("stories", "gpt2"), help="default: stories for stories, otherwise gpt2")
+    parser.add_argument("--seed", type=int, default=0, help="another seed, other stories of the world (default: 0)")
+    args = parser.parse_args()
+    prepare(args.source, args.stories, args.tokenizer, args.seed)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,836 @@
+"""What model.py promises, as properties over random shapes, ranks, chunkings and seeds.
+
+Weights are drawn larger than GPT's initialisation, so that attention is sharp, and a wrong position, scale or mask
+cannot hide in an almost uniform softmax. Arithmetic is float64 except where another precision is the subject."""
+
+import math
+import os
+import pickle
+import warnings
+from dataclasses import asdict
+
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model import ATTN, FORMAT, GPT, GPTConfig, load_checkpoint, rotary
+
+# The table of the design once more, so that a slip in model.py's own lists does not pass.
+ABSORBS = ("mla", "mla_prerope", "mla_decoupled")
+JOINS = ("mla", "mla_rope", "mla_decoupled")
+VARIANTS = [(attn, False) for attn in ATTN] + [(attn, True) for attn in JOINS]
+CONTEXT = 200  # more than any drawn text
+
+seeds = st.integers(0, 2**32 - 1)
+
+
+def over(variants, examples):
+    """Run a test(attn, joint, data) on that many random examples of each variant."""
+
+    def wrap(test):
+        test = settings(max_examples=examples, deadline=None)(given(data=st.data())(test))
+        return pytest.mark.parametrize(("attn", "joint"), variants)(test)
+
+    return wrap
+
+
+@st.composite
+def configs(draw, attn, joint=False, **fixed):
+    """A valid configuration: 8 to 48 wide, any rank, so that latents are both narrower and wider than a head."""
+    heads = draw(st.integers(1, 4))
+    if attn == "gqa":
+        heads, groups = draw(st.sampled_from([(H, g) for H in (1, 2, 3, 4, 6) for g in range(1, H + 1) if H % g == 0]))
+    step = 2 if attn in ("mha_rope", "gqa", "mla_rope", "mla_prerope") else 1
+    d = heads * draw(st.sampled_from([h for h in range(step, 49, step) if 8 <= h * heads <= 48]))
+    rank = rope_dim = None
+    if attn == "gqa":
+        rank = groups / heads
+    elif attn.startswith("mla"):
+        rank = draw(st.integers(1, d)) / d
+    if attn == "mla_decoupled":
+        rope_dim = draw(st.sampled_from([None, 2, 4, 6, 16]))
+    drawn = {"n_layer": draw(st.integers(1, 2)), "vocab_size": draw(st.integers(2, 40))}
+    return GPTConfig(
+        **{"block_size": CONTEXT, **drawn, **fixed},
+        n_head=heads,
+        n_embd=d,
+        attn=attn,
+        rank=rank,
+        joint=joint,
+        rope_dim=rope_dim,
+        rope_base=draw(st.sampled_from([100.0, 10000.0])),
+    )
+
+
+@st.composite
+def chunkings(draw, h):
+    """Lengths of the calls that feed a text: one, single tokens, or mixed; calls of more than h are not absorbed."""
+    lengths = draw(st.lists(st.sampled_from([1, 2, 3, 5, h, h + 1]), min_size=1, max_size=4))
+    return draw(st.sampled_from([lengths, [sum(lengths)], [1] * min(sum(lengths), 12)]))
+
+
+def build(config, seed):
+    """A float64 model in eval mode whose every matrix keeps the size of what it multiplies."""
+    torch.manual_seed(seed)
+    model = GPT(config).double().eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() == 2:
+                weight.normal_(std=weight.size(1) ** -0.5)
+            else:
+                weight.uniform_(0.5, 1.5)
+    return model
+
+
+def text(config, seed, batch, length):
+    return torch.randint(config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def full(model, idx):
+    """The logits of every position, without a cache."""
+    return model(idx, idx)[0]
+
+
+@torch.no_grad()
+def feed(model, cache, chunks):
+    """The logits after each chunk: (B, number of chunks, V)"""
+    return torch.cat([model(chunk, cache=cache)[0] for chunk in chunks], dim=1)
+
+
+def paths(attn):
+    """The ways in which a variant decodes: the values of `absorb`."""
+    return (False, True) if attn in ABSORBS else (False,)
+
+
+def close(a, b, tolerance=1e-9):
+    """Equal up to rounding, relative to the largest number: scores and logits are sums."""
+    a, b = (torch.as_tensor(t, dtype=torch.float64) for t in (a, b))
+    assert a.shape == b.shape
+    error = (a - b).abs().max().item()
+    assert error <= tolerance * max(1.0, b.abs().max().item()), f"differs by {error:.3g}"
+
+
+def weights_of(model, layer=0):
+    """The matrices of a layer's attention as the equations write them: w[name] is (d_in, d_out)."""
+    return {name: linear.weight.detach().T for name, linear in model.blocks[layer].attn.named_children()}
+
+
+def put(model, layer, **matrices):
+    """Set matrices of a layer's attention, given as (d_in, d_out)."""
+    with torch.no_grad():
+        for name, matrix in matrices.items():
+            getattr(model.blocks[layer].attn, name).weight.copy_(matrix.T)
+
+
+def twin(model, seed, **changes):
+    """A model of another attention whose backbone has the same weights, where it has them."""
+    other = build(GPTConfig(**{**asdict(model.config), **changes}), seed)
+    own, theirs = other.state_dict(), model.state_dict()
+    other.load_state_dict({n: theirs[n] if n in theirs and theirs[n].shape == own[n].shape else own[n] for n in own})
+    return other
+
+
+# The forward pass
+
+
+@over(VARIANTS, examples=20)
+def test_forward_equals_the_equations(attn, joint, data):
+    """Logits and loss are those of the independent reference; targets of -1 do not count."""
+    config, seed = data.draw(configs(attn, joint)), data.draw(seeds)
+    model, idx = build(config, seed), text(config, seed, data.draw(st.integers(1, 2)), data.draw(st.integers(1, 10)))
+    expected = reference.forward(model, idx)
+    targets = text(config, seed + 1, *idx.shape)
+    targets[torch.rand(idx.shape, generator=torch.Generator().manual_seed(seed)) < 0.3] = -1
+    targets[0, -1] = 0
+    with torch.no_grad():
+        logits, loss = model(idx, targets)
+        last, no_loss = model(idx)
+    close(logits, expected)
+    close(loss, reference.loss(expected, targets.numpy()))
+    close(last, expected[:, -1:])
+    assert no_loss is None
+
+
+@over(VARIANTS, examples=8)
+def test_a_later_token_changes_no_earlier_logit(attn, joint, data):
+    """Causality: new tokens from place t on leave all logits before t as they were, and change those at t."""
+    config, seed = data.draw(configs(attn, joint)), data.draw(seeds)
+    model, idx = build(config, seed), text(config, seed, 2, data.draw(st.integers(2, 12)))
+    t = data.draw(st.integers(1, idx.size(1) - 1))
+    other = idx.clone()
+    other[:, t:] = (other[:, t:] + 1) % config.vocab_size
+    a, b = full(model, idx), full(model, other)
+    close(a[:, :t], b[:, :t], 1e-12)
+    assert (a[:, t] - b[:, t]).abs().max() > 1e-6
+
+
+@over(VARIANTS, examples=8)
+def test_rows_of_a_batch_never_influence_each_other(attn, joint, data):
+    """Each row of a batch gets the logits that it gets alone, with and without a cache."""
+    config, seed = data.draw(configs(attn, joint)), data.draw(seeds)
+    chunks = data.draw(chunkings(config.head_dim))
+    model, idx = build(config, seed), text(config, seed, 3, sum(chunks))
+    close(full(model, idx), torch.cat([full(model, row) for row in idx.split(1)]))
+    for absorb in paths(attn):
+        together = feed(model, model.init_cache(3, absorb=absorb), idx.split(chunks, 1))
+        alone = [feed(model, model.init_cache(1, absorb=absorb), row.split(chunks, 1)) for row in idx.split(1)]
+        close(together, torch.cat(alone))
+
+
+@torch.no_grad()
+def shifted(config, seed, *positions):
+    """One attention's output for the same tokens at several positions."""
+    attention = build(config, seed).blocks[0].attn
+    x = torch.randn(2, 6, config.n_embd, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    width = config.rope_dim or config.head_dim
+    return [attention(x, rotary(places, width, config.rope_base)) for places in positions]
+
+
+@over([v for v in VARIANTS if v[0] in ("mha_rope", "gqa", "mla_rope", "mla_decoupled")], examples=8)
+def test_attention_depends_on_relative_positions_only(attn, joint, data):
+    """Shifting all positions leaves attention unchanged; moving one token does not."""
+    config, seed, shift = data.draw(configs(attn, joint)), data.draw(seeds), data.draw(st.integers(1, 1000))
+    before, after = shifted(config, seed, torch.arange(6), torch.arange(6) + shift)
+    close(before, after)
+    before, after = shifted(config, seed, torch.arange(6), torch.tensor([0, 1, 2, 3, 4, 6]))
+    assert (before - after).abs().max() > 1e-6
+
+
+@given(seeds, st.integers(1, 5))
+@settings(max_examples=20, deadline=None)
+def test_prerope_attention_depends_on_absolute_positions(seed, shift):
+    """mla_prerope rotates keys before it compresses them: W_DK W_UK does not commute with the rotation."""
+    config = GPTConfig(n_embd=32, n_head=4, n_layer=1, vocab_size=9, attn="mla_prerope", rank=0.5)
+    before, after = shifted(config, seed, torch.arange(6), torch.arange(6) + shift)
+    assert (before - after).norm() > 0.01 * before.norm()
+
+
+@pytest.mark.parametrize(("attn", "joint"), VARIANTS)
+def test_attention_works_with_any_memory_layout_of_fused_attention(attn, joint):
+    """On CUDA scaled_dot_product_attention may return (B, H, T, w) laid out as (B, T, H, w): only strides differ."""
+    model = build(GPTConfig(n_embd=32, n_head=4, n_layer=2, vocab_size=9, attn=attn, joint=joint), 0)
+    idx = text(model.config, 0, 2, 6)
+    expected, fused = full(model, idx), F.scaled_dot_product_attention
+
+    def as_on_cuda(*args, **kwargs):
+        return fused(*args, **kwargs).transpose(1, 2).contiguous().transpose(1, 2)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "scaled_dot_product_attention", as_on_cuda)
+        close(full(model, idx), expected)
+        for absorb in paths(attn):
+            close(feed(model, model.init_cache(2, absorb=absorb), idx.split(3, 1)), expected[:, 2::3])
+
+
+# Decoding
+
+
+@over(VARIANTS, examples=25)
+def test_cached_decoding_equals_the_full_forward(attn, joint, data):
+    """Absorbed or expanded, in any chunks, with a cache of exactly the text's length or longer."""
+    config, seed = data.draw(configs(attn, joint)), data.draw(seeds)
+    chunks, room = data.draw(chunkings(config.head_dim)), data.draw(st.sampled_from([0, 1, 9]))
+    length = sum(chunks)
+    model, idx = build(config, seed), text(config, seed, 2, length)
+    ends = torch.tensor(chunks).cumsum(0) - 1
+    expected = full(model, idx)[:, ends]
+    for absorb in paths(attn):
+        cache = model.init_cache(2, length + room, absorb)
+        assert cache.pos == 0
+        close(feed(model, cache, idx.split(chunks, 1)), expected)
+        assert cache.pos == length
+
+
+@pytest.mark.parametrize(("attn", "joint"), [v for v in VARIANTS if v[0] in ABSORBS])
+def test_the_fast_path_is_the_default_and_expands_nothing(attn, joint):
+    """absorb=None decodes without ever forming the keys and values of the cached tokens; absorb=False forms them."""
+    model = build(GPTConfig(n_embd=16, n_head=2, n_layer=1, vocab_size=9, attn=attn, joint=joint), 0)
+    expanded = []
+    model.blocks[0].attn.w_uk.register_forward_hook(lambda module, args, out: expanded.append(out))
+    for absorb, times in ((None, 0), (True, 0), (False, 2)):
+        expanded.clear()
+        feed(model, model.init_cache(1, absorb=absorb), text(model.config, 0, 1, 5).split([4, 1], 1))
+        assert len(expanded) == times
+
+
+@over(VARIANTS, examples=6)
+def test_two_caches_of_one_model_never_touch_each_other(attn, joint, data):
+    """Two texts decoded by turns, in any order, each get the logits of their own full forward."""
+    config, seed = data.draw(configs(attn, joint)), data.draw(seeds)
+    model = build(config, seed)
+    turns = data.draw(st.lists(st.tuples(st.booleans(), st.integers(1, 4)), min_size=2, max_size=8))
+    for absorb in paths(attn):
+        caches = [model.init_cache(2, absorb=absorb) for _ in range(2)]
+        texts = [text(config, seed + i, 2, 32) for i in range(2)]
+        expected = [full(model, idx) for idx in texts]
+        for which, length in turns:
+            start = caches[which].pos
+            logits = feed(model, caches[which], [texts[which][:, start : start + length]])
+            close(logits, expected[which][:, start + length - 1 : start + length])
+
+
+@over(VARIANTS, examples=6)
+def test_a_reset_cache_is_as_good_as_new(attn, joint, data):
+    """After reset, nothing of an earlier and longer text remains."""
+    config, seed = data.draw(configs(attn, joint)), data.draw(seeds)
+    chunks = data.draw(chunkings(config.head_dim))
+    model, idx = build(config, seed), text(config, seed, 2, sum(chunks))
+    for absorb in paths(attn):
+        cache = model.init_cache(2, absorb=absorb)
+        feed(model, cache, [text(config, seed + 1, 2, sum(chunks) + 3)])
+        cache.reset()
+        assert cache.pos == 0
+        new = feed(model, model.init_cache(2, absorb=absorb), idx.split(chunks, 1))
+        close(feed(model, cache, idx.split(chunks, 1)), new, 1e-12)
+
+
+@over(VARIANTS, examples=6)
+def test_greedy_generation_equals_repeated_full_forward(attn, joint, data):
+    """temperature=0 appends the most likely next token of the full forward pass; so does top_k=1."""
+    config, seed = data.draw(configs(attn, joint)), data.draw(seeds)
+    new = data.draw(st.integers(0, 8))
+    model, prompt = build(config, seed), text(config, seed, 2, data.draw(st.integers(1, 6)))
+    expected = prompt
+    for _ in range(new):
+        expected = torch.cat((expected, full(model, expected)[:, -1:].argmax(-1)), dim=1)
+    for absorb in (None, *paths(attn)):
+        assert torch.equal(model.generate(prompt, new, temperature=0, absorb=absorb), expected)
+    assert torch.equal(model.generate(prompt, new, top_k=1), expected)
+
+
+def sampler(seed=0, **changes):
+    """A small model for tests of sampling."""
+    shape = {"n_embd": 16, "n_head": 2, "n_layer": 1, "vocab_size": 12, "block_size": 32, "attn": "mla"}
+    return build(GPTConfig(**{**shape, **changes}), seed)
+
+
+@given(seeds)
+@settings(max_examples=10, deadline=None)
+def test_the_same_generator_seed_gives_the_same_sample(seed):
+    """Sampling takes its chance from the generator alone: another seed, another sample."""
+    model = sampler(seed)
+    prompt = text(model.config, seed, 4, 2)
+
+    def sample(generator_seed):
+        return model.generate(prompt, 20, generator=torch.Generator().manual_seed(generator_seed))
+
+    first = sample(seed)
+    torch.rand(3)
+    assert torch.equal(sample(seed), first)
+    assert not torch.equal(sample(seed + 1), first)
+
+
+@pytest.mark.parametrize(("temperature", "top_k"), [(1.0, None), (0.5, None), (2.0, 4), (1.0, 100)])
+def test_samples_follow_the_tempered_and_truncated_softmax(temperature, top_k):
+    """The frequencies of 20,000 samples are within five deviations of softmax(logits / temperature), cut at top_k."""
+    model, n = sampler(), 20000
+    prompt = text(model.config, 1, 1, 3)
+    logits = full(model, prompt)[0, -1]
+    if top_k:
+        logits[logits.argsort(descending=True)[top_k:]] = -math.inf
+    p = (logits / temperature).softmax(-1)
+    out = model.generate(prompt.expand(n, -1), 1, temperature, top_k, generator=torch.Generator().manual_seed(0))
+    frequency = out[:, -1].bincount(minlength=len(p)) / n
+    assert ((frequency - p).abs() <= 5 * (p * (1 - p) / n).sqrt()).all()
+
+
+@given(seeds, st.integers(1, 3))
+@settings(max_examples=20, deadline=None)
+def test_stop_ends_as_soon_as_every_row_has_sampled_it(seed, batch):
+    """The result with `stop` is the shortest beginning of the one without that has it in each row's new part."""
+    model = sampler(seed, vocab_size=4)
+    prompt = text(model.config, seed, batch, 3)
+
+    def sample(stop=None):
+        return model.generate(prompt, 24, stop=stop, generator=torch.Generator().manual_seed(seed))
+
+    whole = sample()
+    for stop in range(4):
+        lengths = [n for n in range(4, 28) if (whole[:, 3:n] == stop).any(1).all()]
+        assert torch.equal(sample(stop), whole[:, : min(lengths, default=27)])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_generate_is_without_dropout_and_restores_the_mode(training):
+    """Dropout plays no part in generation, and a model in training goes on in training."""
+    model = sampler(dropout=0.5)
+    prompt = text(model.config, 0, 2, 4)
+    expected = model.generate(prompt, 20, temperature=0)
+    model.train(training)
+    assert torch.equal(model.generate(prompt, 20, temperature=0), expected)
+    assert model.training == training and model.blocks[0].dropout.training == training
+
+
+# Identities between variants
+
+
+def same_backbone(data, simpler, **changes):
+    """A random model of the simpler variant, and the other one with the same backbone."""
+    config, seed = data.draw(configs(simpler)), data.draw(seeds)
+    model = build(config, seed)
+    return model, twin(model, seed + 1, **changes), text(config, seed, 2, 9)
+
+
+@given(st.data())
+@settings(max_examples=15, deadline=None)
+def test_gqa_of_rank_one_is_mha_rope(data):
+    """As many key heads as query heads: the parameters have the same names and shapes, and mean the same."""
+    mha, gqa, idx = same_backbone(data, "mha_rope", attn="gqa", rank=1.0)
+    gqa.load_state_dict(mha.state_dict())
+    close(full(gqa, idx), full(mha, idx), 1e-12)
+
+
+@pytest.mark.parametrize(("mha", "mla"), [("mha", "mla"), ("mha_rope", "mla_rope")])
+@given(data=st.data())
+@settings(max_examples=15, deadline=None)
+def test_mla_of_rank_one_with_identity_down_projections_is_mha(mha, mla, data):
+    """A latent as wide as x that copies x compresses nothing."""
+    full_rank, latent, idx = same_backbone(data, mha, attn=mla, rank=1.0)
+    eye = torch.eye(full_rank.config.n_embd, dtype=torch.float64)
+    for layer in range(full_rank.config.n_layer):
+        w = weights_of(full_rank, layer)
+        put(latent, layer, w_dk=eye, w_dv=eye, w_uk=w["w_k"], w_uv=w["w_v"])
+    close(full(latent, idx), full(full_rank, idx), 1e-12)
+
+
+@given(st.data())
+@settings(max_examples=15, deadline=None)
+def test_a_latent_of_every_head_its_own_is_a_thinner_head(data):
+    """If head i's keys and values read only its own r/H latents (W_UK and W_UV block-diagonal), the model is an MHA
+    with heads r/H wide: W_UK folds into W_Q, and W_UV into W_O. The scale stays 1/sqrt(h), so the thin heads stand here
+    in an MHA whose heads are h wide, with their other columns zero."""
+    config, seed = data.draw(configs("mha")), data.draw(seeds)
+    h, H = config.head_dim, config.n_head
+    thin = data.draw(st.integers(1, h))  # r/H
+    mha = build(config, seed)
+    mla = twin(mha, seed + 1, attn="mla", rank=thin / h)
+    for layer in range(config.n_layer):
+        w = weights_of(mla, layer)
+        folded = {name: torch.zeros(config.n_embd, config.n_embd, dtype=torch.float64) for name in ("q", "k", "v", "o")}
+        w_uk, w_uv = torch.zeros_like(w["w_uk"]), torch.zeros_like(w["w_uv"])
+        for i in range(H):
+            head, own = slice(i * h, (i + 1) * h), slice(i * thin, (i + 1) * thin)
+            place = slice(i * h, i * h + thin)  # the thin head in the first columns of the wide one
+            w_uk[own, head], w_uv[own, head] = w["w_uk"][own, head], w["w_uv"][own, head]
+            folded["q"][:, place] = w["w_q"][:, head] @ w["w_uk"][own, head].T
+            folded["k"][:, place] = w["w_dk"][:, own]
+            folded["v"][:, place] = w["w_dv"][:, own]
+            folded["o"][place] = w["w_uv"][own, head] @ w["w_o"][head]
+        put(mla, layer, w_uk=w_uk, w_uv=w_uv)
+        put(mha, layer, **{f"w_{name}": matrix for name, matrix in folded.items()})
+    idx = text(config, seed, 2, 9)
+    close(full(mla, idx), full(mha, idx))
+
+
+@given(st.data())
+@settings(max_examples=10, deadline=None)
+def test_joint_is_two_latents_with_the_same_down_projection(data):
+    """--joint merges the latents; with W_DV = W_DK two of them hold the same numbers."""
+    attn = data.draw(st.sampled_from(JOINS))
+    config, seed = data.draw(configs(attn, joint=True)), data.draw(seeds)
+    joint = build(config, seed)
+    separate = twin(joint, seed + 1, joint=False)
+    for layer in range(config.n_layer):
+        put(separate, layer, w_dv=weights_of(joint, layer)["w_dk"])
+    idx = text(config, seed, 2, 9)
+    close(full(joint, idx), full(separate, idx), 1e-12)
+
+
+def test_mqa_has_one_key_head():
+    """gqa with rank=1/H keeps one key and one value, h wide, for any H: 1/H * H need not be 1 in floating point."""
+    for H in range(1, 65):
+        model = GPT(GPTConfig(n_embd=2 * H, n_head=H, n_layer=1, vocab_size=9, attn="gqa", rank=1 / H))
+        assert model.blocks[0].attn.w_k.weight.shape == model.blocks[0].attn.w_v.weight.shape == (2, 2 * H)
+        assert model.kv_bytes_per_token(torch.float32) == 2 * 2 * 4
+
+
+# The cache's size
+
+
+@over(VARIANTS, examples=12)
+def test_the_cache_takes_the_bytes_that_the_table_says(attn, joint, data):
+    """nbytes = batch * max_len * kv_bytes_per_token(dtype) = the formula, for any rank, precision and length."""
+    config = data.draw(configs(attn, joint))
+    if attn.startswith("mla"):  # ranks that are no multiple of 1/d too: r is the nearest whole number
+        rank = data.draw(st.floats(1 / config.n_embd, 1))
+        config = GPTConfig(**{**asdict(config), "rank": rank})
+    d, h, H, R = config.n_embd, config.n_embd // config.n_head, config.n_head, config.rope_dim
+    r = round((config.rank or 0) * d)
+    latents = r if joint else 2 * r
+    numbers = {
+        "mha": 2 * d,
+        "mha_rope": 2 * d,
+        "gqa": 2 * h * round((config.rank or 0) * H),
+        "mla_decoupled": latents + (R or 0),
+    }.get(attn, latents)
+
+    batch, max_len = data.draw(st.integers(1, 3)), data.draw(st.integers(1, CONTEXT))
+    dtype = data.draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]))
+    model = GPT(config)
+    assert model.kv_bytes_per_token(dtype) == numbers * config.n_layer * dtype.itemsize
+    for absorb in paths(attn):
+        cache = model.init_cache(batch, max_len, absorb, dtype)
+        assert cache.nbytes == batch * max_len * model.kv_bytes_per_token(dtype)
+    whole = model.init_cache(batch)  # as long as the context, in the precision of the weights
+    assert whole.nbytes == batch * CONTEXT * model.kv_bytes_per_token(torch.float32)
+
+
+def test_half_rank_halves_the_cache():
+    """Half-rank MLA at h = 64 caches 50% less than MHA, 47% less with the rotary key; 75% and 72% less if joint."""
+    shape = {"n_embd": 512, "n_head": 8, "n_layer": 1, "vocab_size": 9, "block_size": 4}
+
+    def size(**options):
+        return GPT(GPTConfig(**shape, **options)).kv_bytes_per_token(torch.float32)
+
+    cuts = [
+        round(100 * (1 - size(attn=attn, joint=joint) / size(attn="mha")))
+        for attn, joint in (("mla", False), ("mla_decoupled", False), ("mla", True), ("mla_decoupled", True))
+    ]
+    assert cuts == [50, 47, 75, 72]
+
+
+# The factors of W_Q W_K^T
+
+
+@over(VARIANTS, examples=10)
+def test_qk_chains_multiply_to_the_attention_matrix(attn, joint, data):
+    """The factors have the shapes of the path x -> q.k -> x, and multiply to the head's W_Q W_K^T (d, d)."""
+    config, seed = data.draw(configs(attn, joint)), data.draw(seeds)
+    model = build(config, seed)
+    layer, head = data.draw(st.integers(0, config.n_layer - 1)), data.draw(st.integers(0, config.n_head - 1))
+    d, h, R, r = config.n_embd, config.head_dim, config.rope_dim, round((config.rank or 0) * config.n_embd)
+    w, of_head = weights_of(model, layer), slice(head * h, (head + 1) * h)
+    if attn == "gqa":
+        group = head // (config.n_head // round(config.rank * config.n_head))
+        w_k = w["w_k"][:, group * h : (group + 1) * h]
+    elif attn.startswith("mla"):
+        w_k = (w["w_k"] if attn == "mla_prerope" else torch.eye(d, dtype=torch.float64)) @ w["w_dk"] @ w["w_uk"]
+        w_k = w_k[:, of_head]
+    else:
+        w_k = w["w_k"][:, of_head]
+
+    chains = model.qk_chains(layer, head)
+    shapes = [(d, h), (h, d)]
+    if attn.startswith("mla"):
+        shapes = [(d, h), (h, r), (r, d)] + [(d, d)] * (attn == "mla_prerope")
+    assert [tuple(factor.shape) for factor in chains["content"]] == shapes
+    close(torch.linalg.multi_dot(chains["content"]), w["w_q"][:, of_head] @ w_k.T, 1e-12)
+    assert ("rotary" in chains) == (attn == "mla_decoupled")
+    if attn == "mla_decoupled":
+        assert [tuple(factor.shape) for factor in chains["rotary"]] == [(d, R), (R, d)]
+        close(torch.linalg.multi_dot(chains["rotary"]), w["w_qr"][:, head * R : (head + 1) * R] @ w["w_kr"].T, 1e-12)
+
+
+@over(VARIANTS, examples=8)
+def test_qk_chains_are_what_attention_scores_with(attn, joint, data):
+    """Where no position turns anything, a head's scores are x M x^T / sqrt(h), M the product of its chain."""
+    config, seed = data.draw(configs(attn, joint)), data.draw(seeds)
+    model, w = build(config, seed), weights_of(build(config, seed))
+    h, width = config.head_dim, config.head_dim + (config.rope_dim or 0)
+    x = torch.randn(7, config.n_embd, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    if attn.startswith("mla"):
+        values = x @ (w["w_dk"] if joint else w["w_dv"]) @ w["w_uv"]
+    else:
+        values = (x @ w["w_v"]).unflatten(1, (-1, h)).repeat_interleave(config.n_embd // w["w_v"].size(1), 1).flatten(1)
+    mixed = []
+    for head, v in enumerate(values.split(h, 1)):
+        m = sum(torch.linalg.multi_dot(chain) for chain in model.qk_chains(0, head).values())
+        scores = (x @ m @ x.T / math.sqrt(width)).masked_fill(torch.ones(7, 7).triu(1).bool(), -math.inf)
+        mixed.append(scores.softmax(-1) @ v)
+    nowhere = rotary(torch.zeros(7), config.rope_dim or h, config.rope_base)  # position 0 turns nothing
+    with torch.no_grad():
+        close(model.blocks[0].attn(x[None], nowhere)[0], torch.cat(mixed, 1) @ w["w_o"])
+
+
+# What is refused
+
+MLA, SIZES = {"attn": "mla"}, ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
+
+
+@pytest.mark.parametrize(
+    ("field", "options"),
+    [
+        *(("attn", {"attn": bad}) for bad in ("mqa", "", None, "MLA")),
+        *((field, {field: bad}) for field in SIZES for bad in (0, -1, 2.0, True, None, "8")),
+        ("vocab_size", {"vocab_size": 65536}),
+        ("n_head", {"n_head": 7}),
+        *(("n_head", {"attn": attn, "n_embd": 24, "n_head": 8}) for attn in ATTN[1:3] + ATTN[4:6]),  # odd heads, RoPE
+        *(("rank", {"attn": attn, "rank": bad}) for attn in ATTN[2:] for bad in (0, -0.5, 1.01, math.nan, True, "0.5")),
+        *(("rank", {"attn": attn, "rank": rank}) for attn in ATTN[:2] for rank in (0.5, 1.0)),
+        ("rank", {**MLA, "rank": 0.0001}),  # no latent at all
+        *(("rank", {"attn": "gqa", "rank": bad}) for bad in (0.3, 3 / 8, 1 / 16)),  # of 8 heads
+        *(("joint", {"attn": attn, "joint": True}) for attn in ATTN if attn not in JOINS),
+        *(("joint", {**MLA, "joint": bad}) for bad in (1, "yes", None)),
+        *(("rope_dim", {"attn": "mla_decoupled", "rope_dim": bad}) for bad in (3, 0, -2, 4.0, True)),
+        *(("rope_dim", {"attn": attn, "rope_dim": 16}) for attn in ATTN[:-1]),
+        *(("rope_base", {"rope_base": bad}) for bad in (0, 1.0, -5.0, math.inf, math.nan, "10", True)),
+        *(("dropout", {"dropout": bad}) for bad in (1, 1.0, -0.1, math.nan, "0", True, None)),
+    ],
+)
+def test_a_wrong_configuration_names_the_field(field, options):
+    """ValueError in one line, with the field, the value that it got, and what it may be."""
+    shape = {"n_head": 8, "n_embd": 64}
+    with pytest.raises(ValueError) as error:
+        GPTConfig(**{**shape, **options})
+    message = str(error.value)
+    assert field in message and repr({**shape, **options}[field]) in message and "\n" not in message
+
+
+def test_an_unknown_attention_lists_the_seven():
+    """The seven names, in the order of the table."""
+    assert ATTN == ("mha", "mha_rope", "gqa", "mla", "mla_rope", "mla_prerope", "mla_decoupled")
+    with pytest.raises(ValueError, match=", ".join(ATTN)):
+        GPTConfig(attn="mqa")
+
+
+def test_the_defaults_of_a_configuration():
+    """Rank is a half and rope_dim half a head where they mean something, and None elsewhere."""
+    for attn in ATTN:
+        config = GPTConfig(attn=attn)
+        assert config.rank == (None if attn in ("mha", "mha_rope") else 0.5)
+        assert config.rope_dim == (config.n_embd // config.n_head // 2 if attn == "mla_decoupled" else None)
+    assert GPTConfig(n_embd=24, n_head=4, attn="mla_decoupled").rope_dim == 2  # even, for h = 6
+    assert GPTConfig(vocab_size=65535).vocab_size == 65535
+
+
+@pytest.mark.parametrize("attn", [attn for attn in ATTN if attn not in ABSORBS])
+def test_a_variant_that_cannot_absorb_says_why(attn):
+    """absorb=True: a ValueError that names the variant and the reason; a model in training goes on in training."""
+    model = sampler(attn=attn).train()
+    why = f"{attn} rotates" if attn == "mla_rope" else f"{attn} has no latent"
+    with pytest.raises(ValueError, match=why):
+        model.init_cache(1, absorb=True)
+    with pytest.raises(ValueError, match=why):
+        model.generate(text(model.config, 0, 1, 2), 2, absorb=True)
+    assert model.training
+
+
+@pytest.mark.parametrize("attn", ATTN)
+def test_overrunning_a_cache_or_the_context_names_both_lengths(attn):
+    """It is refused before anything is written, so that decoding can go on."""
+    model = sampler(attn=attn, block_size=11)
+    idx = text(model.config, 0, 2, 12)
+    cache = model.init_cache(2, 7)
+    feed(model, cache, idx[:, :5].split([4, 1], 1))
+    overruns = [
+        ((8, 7), lambda: model(idx[:, 5:8], cache=cache)),
+        ((12, 11), lambda: model(idx)),
+        ((12, 11), lambda: model(idx, idx)),
+        ((12, 11), lambda: model.init_cache(2, 12)),
+        ((13, 11), lambda: model.generate(idx[:, :9], 4)),
+    ]
+    for lengths, overrun in overruns:
+        with pytest.raises(ValueError) as error:
+            overrun()
+        words = str(error.value).replace(":", " ").replace("=", " ").replace(",", " ").split()
+        assert all(str(length) in words for length in lengths)
+    close(feed(model, cache, [idx[:, 5:7]]), full(model, idx[:, :7])[:, -1:])
+
+
+def test_generate_refuses_what_it_cannot_continue():
+    """An empty prompt, a negative temperature and an empty top_k are each a ValueError that names it."""
+    model = sampler()
+    prompt = text(model.config, 0, 1, 3)
+    for match, call in (
+        ("prompt", lambda: model.generate(prompt[:, :0], 3)),
+        ("temperature=-1", lambda: model.generate(prompt, 3, temperature=-1)),
+        ("top_k=0", lambda: model.generate(prompt, 3, top_k=0)),
+    ):
+        with pytest.raises(ValueError, match=match):
+            call()
+    with pytest.raises(ValueError, match="cache"):
+        model(prompt, prompt, model.init_cache(1))
+
+
+# Initialisation, precision, gradients
+
+RANKED = [(*v, rank) for v in VARIANTS for rank in ([None] if v[0] in ("mha", "mha_rope") else [0.125, 0.5, 1.0])]
+
+
+@pytest.mark.parametrize(("attn", "joint", "rank"), RANKED)
+def test_every_matrix_or_product_starts_with_the_deviation_of_gpt2(attn, joint, rank):
+    """0.02 for each entry of what stands before scores and values, factored or not, so that latent attention starts as
+    MHA does; residual projections have it divided by sqrt(2 n_layer), and gains are 1."""
+    torch.manual_seed(0)
+    shape = {"n_layer": 3, "n_head": 8, "n_embd": 384, "vocab_size": 999, "block_size": 99}
+    model = GPT(GPTConfig(**shape, attn=attn, rank=rank, joint=joint))
+    plain, residual = [p for name, p in model.named_parameters() if name in ("tokens.weight", "positions.weight")], []
+    assert len(plain) == (2 if attn in ("mha", "mla") else 1)
+    for layer, block in enumerate(model.blocks):
+        w = weights_of(model, layer)
+        keys = w.get("w_k", torch.eye(384))
+        if attn.startswith("mla"):
+            keys, values = keys @ w["w_dk"] @ w["w_uk"], w["w_dk" if joint else "w_dv"] @ w["w_uv"]
+        else:
+            values = w["w_v"]
+        plain += [w["w_q"], keys, values, block.mlp.up.weight] + [w[name] for name in ("w_qr", "w_kr") if name in w]
+        residual += [w["w_o"], block.mlp.down.weight]
+    assert [m.std().item() for m in plain] == pytest.approx([0.02] * len(plain), rel=0.03)
+    assert [m.std().item() for m in residual] == pytest.approx([0.02 / math.sqrt(6)] * len(residual), rel=0.03)
+    assert all((gain == 1).all() for gain in model.parameters() if gain.dim() == 1)
+
+
+@over(VARIANTS, examples=5)
+def test_gradients_reach_every_parameter(attn, joint, data):
+    """None is zero, and together they are the slope of the loss in a random direction (central difference)."""
+    config, seed = data.draw(configs(attn, joint, vocab_size=20)), data.draw(seeds)
+    model, idx, targets = build(config, seed), text(config, seed, 2, 8), text(config, seed + 1, 2, 8)
+    model(idx, targets)[1].backward()
+    assert all(weight.grad.abs().max() > 0 for weight in model.parameters())
+
+    weights, losses, step = list(model.parameters()), [], 1e-5
+    ways = [torch.randn_like(weight) / sum(w.numel() for w in weights) ** 0.5 for weight in weights]
+    slope = sum((weight.grad * way).sum() for weight, way in zip(weights, ways, strict=True))
+    for move in (step, -2 * step):
+        with torch.no_grad():
+            for weight, way in zip(weights, ways, strict=True):
+                weight += move * way
+            losses.append(model(idx, targets)[1])
+    close((losses[0] - losses[1]) / (2 * step), slope, 1e-7)
+
+
+@over(VARIANTS, examples=3)
+def test_lower_precisions_run_and_only_round(attn, joint, data):
+    """In float32 and bfloat16: loss, gradients and samples, and a cache of another precision than the weights."""
+    config, seed = data.draw(configs(attn, joint, vocab_size=20)), data.draw(seeds)
+    idx, targets = text(config, seed, 2, 8), text(config, seed + 1, 2, 8)
+    torch.manual_seed(seed)
+    model = GPT(config).double()
+    with torch.no_grad():
+        exact = model(idx, targets)[1].item()
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.02)):
+        model = model.to(dtype)
+        model.zero_grad()
+        loss = model(idx, targets)[1]
+        loss.backward()
+        assert loss.item() == pytest.approx(exact, rel=tolerance)
+        assert all(weight.grad.isfinite().all() for weight in model.parameters())
+        assert model.generate(idx, 3).shape == (2, 11)
+        for absorb in paths(attn):
+            for cached in (torch.float32, torch.bfloat16):
+                logits = feed(model, model.init_cache(2, absorb=absorb, dtype=cached), idx.split(4, 1))
+                assert logits.dtype == dtype
+                close(logits, full(model, idx)[:, 3::4], tolerance if cached == dtype else 0.02)
+
+
+# Checkpoints
+
+
+def save(path, gpt, **changes):
+    torch.save({"format": FORMAT, "config": asdict(gpt.config), "model": gpt.state_dict(), **changes}, path)
+
+
+@pytest.mark.parametrize(("attn", "joint"), VARIANTS)
+def test_a_checkpoint_round_trip_keeps_the_logits(attn, joint, tmp_path):
+    """The model comes back in eval mode and in its precision, with all entries of the file beside it."""
+    model = sampler(attn=attn, joint=joint, dropout=0.5)
+    save(tmp_path / "ckpt.pt", model, step=7)
+    loaded, checkpoint = load_checkpoint(tmp_path / "ckpt.pt", "cpu")
+    assert loaded.config == model.config and not loaded.training and checkpoint["step"] == 7
+    idx = text(model.config, 0, 2, 9)
+    assert torch.equal(full(loaded, idx), full(model, idx))
+    assert torch.equal(loaded.generate(idx, 5, temperature=0), model.generate(idx, 5, temperature=0))
+    assert all(weight.requires_grad for weight in loaded.parameters())
+
+
+def refused(path):
+    """One line that names the file, and no warning beside it."""
+    with warnings.catch_warnings(record=True) as said, pytest.raises(ValueError) as error:
+        warnings.simplefilter("always")
+        load_checkpoint(path, "cpu")
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    assert [str(warning.message) for warning in said] == []
+
+
+@pytest.mark.parametrize("content", [b"", b"Once upon a time", b"\x80\x02.", b"PK\x03\x04", b"\0" * 999])
+def test_a_file_of_another_kind_is_refused(content, tmp_path):
+    """Empty, text, the beginning of a pickle or a zip, zeros: ValueError."""
+    (tmp_path / "file").write_bytes(content)
+    refused(tmp_path / "file")
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_a_pickle_of_something_else_is_refused(protocol, tmp_path):
+    """Also one that holds only plain values: ValueError."""
+    (tmp_path / "file").write_bytes(pickle.dumps({"format": FORMAT, "config": {}}, protocol))
+    refused(tmp_path / "file")
+
+
+def test_a_missing_checkpoint_and_a_folder_are_refused(tmp_path):
+    """ValueError that names the path."""
+    refused(tmp_path / "missing.pt")
+    refused(tmp_path)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.3, 0.6, 0.9, 0.999])
+def test_a_truncated_checkpoint_is_refused(share, tmp_path):
+    """Cut anywhere, it does not load."""
+    save(tmp_path / "whole", sampler())
+    content = (tmp_path / "whole").read_bytes()
+    (tmp_path / "cut").write_bytes(content[: int(share * len(content))])
+    load_checkpoint(tmp_path / "whole", "cpu")
+    refused(tmp_path / "cut")
+
+
+class Bomb:
+    """Unpickling this makes a folder."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("kind", ["pickle", "zip", "legacy"])
+def test_a_checkpoint_that_would_execute_code_is_refused(kind, tmp_path):
+    """Nothing in it runs, though it would if unpickled freely."""
+    path, crater = tmp_path / "bomb.pt", tmp_path / "crater"
+    if kind == "pickle":
+        path.write_bytes(pickle.dumps({"format": FORMAT, "model": Bomb(crater)}))
+    else:
+        checkpoint = {"format": FORMAT, "config": {}, "model": {}, "extra": Bomb(crater)}
+        torch.save(checkpoint, path, _use_new_zipfile_serialization=kind == "zip")
+    refused(path)
+    assert not crater.exists()
+    if kind == "pickle":
+        pickle.loads(path.read_bytes())
+    else:
+        torch.load(path, weights_only=False)
+    assert crater.exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"format": "nanoMLA checkpoint 0"},
+        {"format": None},
+        {"config": None},
+        {"config": {}},
+        {"config": asdict(GPTConfig(attn="mha"))},
+        {"config": {"attn": "mqa"}},
+        {"config": {"bias": True}},
+        {"model": None},
+        {"model": {}},
+        {"model": {"tokens.weight": torch.zeros(3)}},
+        {"model": {5: torch.zeros(3)}},
+    ],
+    ids=str,
+)
+def test_a_checkpoint_that_does_not_fit_is_refused(content, tmp_path):
+    """Another format, a configuration that is wrong or of another model, weights that are missing or misshapen."""
+    save(tmp_path / "ckpt.pt", sampler(), **content)
+    refused(tmp_path / "ckpt.pt")
+
+
+@pytest.mark.parametrize(
+    "content", [[], torch.zeros(3), {}, {"format": FORMAT}, {"format": FORMAT, "config": {}}], ids=str
+)
+def test_a_file_of_tensors_that_is_no_checkpoint_is_refused(content, tmp_path):
+    """It loads as tensors and plain values, but they are not a model."""
+    torch.save(content, tmp_path / "other.pt")
+    refused(tmp_path / "other.pt")

@@ -1,0 +1,473 @@
+"""Train a GPT with any attention on stories.
+
+Runs on a CPU, on one GPU, or under torchrun on several. Into --out go ckpt.pt (the best so far by val loss), last.pt (for
+--resume) and log.jsonl. What happens in a step depends only on the options and the step's number, never on the clock or
+on what ran before, so that a run can be stopped and resumed.
+"""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from argparse import SUPPRESS, BooleanOptionalAction
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from data.prepare import DATA, Parser, load_data, load_tokenizer, run
+from model import ATTN, FORMAT, GPT, GPTConfig, load_checkpoint, tell
+
+SIZES = {  # the shape of a model, and the training that suits it
+    "tiny": dict(n_layer=4, n_head=4, n_embd=256, block_size=320, batch_size=8, steps=800, lr=2e-3),
+    "30m": dict(n_layer=9, n_head=8, n_embd=512, block_size=512, batch_size=64, steps=5000, lr=1e-3),
+    "124m": dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=64, steps=10000, lr=6e-4),
+    "200m": dict(n_layer=12, n_head=16, n_embd=1024, block_size=1024, batch_size=64, steps=10000, lr=5e-4),
+}
+PEAK_FLOPS = {
+    "H100": 989e12,
+    "H200": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+}  # dense bf16, datasheets
+
+
+def option(default, help, choices=None):
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass
+class Options:
+    """How to train. Raises ValueError that names the option, what it got, and what it may be."""
+
+    size: str = option(
+        None, "shape of the model and budget; the flags below override it (tiny on a CPU, 30m on a GPU)", SIZES
+    )
+    data: str = option("stories", "folder that data/prepare.py made: its name in data/, or a path")
+    out: str = option("out", "folder for checkpoints and log")
+    resume: bool = option(False, "continue the run in --out where it stopped")
+    steps: int = option(None, "optimizer steps (by size)")
+    batch_size: int = option(None, "sequences in a batch, all processes together (by size)")
+    grad_accum: int = option(1, "batches per step")
+    lr: float = option(None, "learning rate at its peak (by size)")
+    warmup: float = option(0.05, "share of the steps until the peak; then a cosine down to a tenth of it")
+    weight_decay: float = option(0.1, "of AdamW, for matrices")
+    grad_clip: float = option(1.0, "longest gradient")
+    eval_interval: int = option(None, "steps between evaluations (a twentieth of all)")
+    eval_steps: int = option(16, "batches of an evaluation; the one at the end takes all validation data")
+    seed: int = option(0, "of weights, batches and dropout")
+    device: str = option(None, "cpu, cuda, cuda:1, ... (cuda where there is one)")
+    dtype: str = option(None, "of matrix products (bfloat16 where it is fast)", ("bfloat16", "float32"))
+    compile: bool = option(None, "torch.compile the model (on cuda)")
+
+    def __post_init__(self):
+        self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        on_cuda = self.device.startswith("cuda")
+        self.size = self.size or ("30m" if on_cuda else "tiny")
+        for name in ("steps", "batch_size", "lr"):
+            if getattr(self, name) is None:
+                setattr(self, name, SIZES[self.size][name])
+        self.eval_interval = self.eval_interval if self.eval_interval is not None else max(1, self.steps // 20)
+        self.compile = on_cuda if self.compile is None else self.compile
+        self.dtype = self.dtype or ("bfloat16" if fast_bfloat16(on_cuda) else "float32")
+        for name in ("steps", "batch_size", "grad_accum", "eval_interval", "eval_steps", "lr", "grad_clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"--{name}={getattr(self, name)}: must be above 0")
+        for name, most in (("warmup", 1), ("weight_decay", math.inf), ("seed", 2**63)):
+            if not 0 <= getattr(self, name) < most:
+                raise ValueError(f"--{name}={getattr(self, name)}: must be at least 0 and below {most}")
+
+
+def fast_bfloat16(on_cuda):
+    """Does this machine multiply matrices faster in bfloat16 than in float32?"""
+    if on_cuda:
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+
+
+MODEL_HELP = {
+    "block_size": "tokens of context (by size)",
+    "n_layer": "layers (by size)",
+    "n_head": "heads (by size)",
+    "n_embd": "width (by size)",
+    "attn": "attention",
+    "rank": "width of the latent / n_embd, or key/value heads / n_head for gqa (0.5, where it means something)",
+    "joint": "one latent for keys and values: mla, mla_rope, mla_decoupled",
+    "rope_dim": "width of the rotary part of mla_decoupled (half a head)",
+    "rope_base": "base of RoPE's wavelengths",
+    "dropout": "probability",
+}
+
+
+def parse_arguments(arguments=None):
+    """The flags that were given -> {field of GPTConfig or Options: value}."""
+    parser = Parser(description=__doc__, argument_default=SUPPRESS)
+    for source in (GPTConfig, Options):
+        group = parser.add_argument_group("model" if source is GPTConfig else "training")
+        for f in fields(source):
+            if f.name == "vocab_size":  # the data's
+                continue
+            kind = get_type_hints(source)[f.name]
+            kind = (get_args(kind) or (kind,))[0]
+            choices = ATTN if f.name == "attn" else f.metadata.get("choices")
+            text = MODEL_HELP[f.name] if source is GPTConfig else f.metadata["help"]
+            if "(" not in text and f.default is not False:
+                text += f" ({f.default})"
+            how = {"action": BooleanOptionalAction} if kind is bool else {"type": kind, "choices": choices}
+            group.add_argument(f"--{f.name}", help=text, **how)
+    return vars(parser.parse_args(arguments))
+
+
+def resolve(given):
+    """Flags -> Options, the model's fields (a dict for GPTConfig), and the checkpoint to resume from, or None."""
+    shape = {f.name for f in fields(GPTConfig)}
+    last = None
+    if given.get("resume"):
+        path = Path(given.get("out", "out")) / "last.pt"
+        if not path.exists():
+            raise ValueError(f"--resume: there is no {path}; start the run without --resume")
+        last = load_checkpoint(path)[1]
+        if "optimizer" not in last:
+            raise ValueError(f"--resume: {path} holds a model, but not the state of a run")
+        of_this_machine = ("resume", "out", "device", "compile")
+        saved = {k: v for k, v in (last["options"] | last["config"]).items() if k not in of_this_machine}
+        for name, value in given.items():
+            if name not in of_this_machine and value != saved[name]:
+                raise ValueError(f"--resume: the run has --{name}={saved[name]}, not {value}; leave that flag out")
+        given = saved | given
+    options = Options(**{k: v for k, v in given.items() if k not in shape})
+    return options, {k: v for k, v in (SIZES[options.size] | given).items() if k in shape}, last
+
+
+def join_processes(options):
+    """Under torchrun: meet the other processes. -> rank, how many there are, and the device of this one."""
+    world, device = int(os.environ.get("WORLD_SIZE", 1)), options.device
+    if options.batch_size % world:
+        raise ValueError(
+            f"--batch_size={options.batch_size}: must be a multiple of the {world} processes that share it"
+        )
+    try:
+        if world > 1 and device == "cuda":
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device={device}: cannot be used here: {str(error).splitlines()[0]}") from error
+    if world > 1:
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    return int(os.environ.get("RANK", 0)), world, device
+
+
+def open_data(name, rank, world):
+    """-> meta, train tokens, val tokens. The default data is made if it is not there."""
+    folder = DATA / name if (DATA / name / "meta.json").exists() or name == "stories" else Path(name)
+    if name == "stories" and rank == 0 and not folder.exists():
+        subprocess.run([sys.executable, DATA / "prepare.py"], check=True)
+    if world > 1:
+        dist.barrier()
+    return load_data(folder)
+
+
+def story_rows(tokens, end, length):
+    """Cut a stream of stories into rows of at most `length` tokens to predict: their starts and lengths, two int64 arrays.
+
+    A row begins where a story does, and holds as many stories as fit: each is read from its first word on. Only a story
+    that is longer than a row goes on in the next one."""
+    ends = np.flatnonzero(tokens == end)
+    starts, start, last = [0], 0, len(tokens) - 1
+    while start + length < last:
+        story = ends[np.searchsorted(ends, start + length, side="right") - 1]  # the last that begins within reach
+        start = int(story) if story > start else start + length
+        starts.append(start)
+    return np.array(starts), np.diff([*starts, last])
+
+
+def batch(tokens, starts, lengths, block_size, device):
+    """-> idx, targets (B, block_size), int64; the targets behind the end of a row are -1."""
+    places = np.minimum(starts[:, None] + np.arange(block_size + 1), len(tokens) - 1)
+    rows = torch.from_numpy(tokens[places].astype(np.int64))
+    idx, targets = rows[:, :-1], rows[:, 1:].clone()
+    targets[torch.arange(block_size) >= torch.from_numpy(lengths)[:, None]] = -1
+    return idx.to(device), targets.to(device)
+
+
+def learning_rate(step, options):
+    """Linear rise to lr, then a cosine to a tenth of it."""
+    rise = round(options.warmup * options.steps)
+    if step < rise:
+        return options.lr * (step + 1) / rise
+    return options.lr * (0.55 + 0.45 * math.cos(math.pi * (step - rise) / max(1, options.steps - rise)))
+
+
+def write(path, checkpoint):
+    """Write a file so that at any moment, under its name, there is either the old one or the new one, whole."""
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as file:
+        torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def flops_per_token(model):
+    """Of forward and backward: 6 for each weight (the embedding counts as output head), 12 for each pair of a query and a
+    key's number, half of which are masked (Kaplan et al. 2020; Chowdhery et al. 2022, appendix B)."""
+    c = model.config
+    return 6 * sum(p.numel() for p in model.parameters()) + 6 * c.n_layer * c.n_embd * c.block_size
+
+
+HEADER = "  step    loss     val  excess  tokens/s    MFU   left"
+
+
+def row(step, loss, val_loss, excess, rate, mfu, left):
+    """A line under HEADER; "-" where there is no value."""
+    minutes = None if left is None else f"{int(left) // 60}:{int(left) % 60:02d}"
+    columns = (
+        (step, "6"),
+        (loss, "8.4f"),
+        (val_loss, "8.4f"),
+        (excess, "8.4f"),
+        (rate, "10,.0f"),
+        (mfu, "7.0%"),
+        (minutes, ">7"),
+    )
+    return "".join(
+        format(value, style) if value is not None else "-".rjust(int(style.strip(">").split(".")[0].split(",")[0]))
+        for value, style in columns
+    )
+
+
+def open_log(out, step):
+    """Make the folder, and a log.jsonl that ends with this step: a run that was killed may have logged more than it saved."""
+    out.mkdir(parents=True, exist_ok=True)
+    log = out / "log.jsonl"
+    lines = log.read_text().splitlines(True) if log.exists() else []
+    log.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+
+
+class Run:
+    """One training run: set up, or taken up again, by its flags."""
+
+    def __init__(self, given):
+        self.options, shape, last = resolve(given)
+        options = self.options
+        self.rank, self.world, self.device = join_processes(options)
+        self.meta, self.train_tokens, self.val_tokens = open_data(options.data, self.rank, self.world)
+        self.tokenizer = load_tokenizer(self.meta["tokenizer"])
+        self.facts = {key: value for key, value in self.meta.items() if key != "val_nats"}
+        if last and last["meta"] != self.facts:
+            raise ValueError(f"--resume: --data={options.data} is not what the run was trained on")
+        self.config = GPTConfig(**shape | {"vocab_size": self.meta["vocab_size"]})
+        block_size, end = self.config.block_size, self.tokenizer.eot_token
+        if len(self.train_tokens) <= block_size:
+            raise ValueError(
+                f"--block_size={block_size}: the data has only {len(self.train_tokens) - 1} tokens to train on"
+            )
+        self.starts, _ = story_rows(self.train_tokens, end, block_size)
+        self.val_rows = story_rows(self.val_tokens, end, block_size)
+        self.story_ends = np.flatnonzero(self.val_tokens == end)
+        self.tokens_per_step = options.batch_size * options.grad_accum * block_size
+
+        torch.manual_seed(options.seed)
+        torch.set_float32_matmul_precision("high")  # TF32 on GPUs
+        self.model = GPT(self.config).to(self.device)
+        matrices, gains = ([p for p in self.model.parameters() if (p.dim() == 2) == flat] for flat in (True, False))
+        groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": gains, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+        self.first, self.best, self.losses = 0, math.inf, []  # losses: since the last evaluation
+        self.resumed = last is not None
+        if last:
+            self.model.load_state_dict(last["model"])
+            self.optimizer.load_state_dict(last["optimizer"])
+            self.first, self.best, self.losses = last["step"], last["best"], last["losses"]
+        net = torch.compile(self.model) if options.compile else self.model
+        self.net = DistributedDataParallel(net) if self.world > 1 else net
+        self.autocast = nullcontext()
+        if options.dtype == "bfloat16":
+            self.autocast = torch.autocast(torch.device(self.device).type, torch.bfloat16)
+        self.out = Path(options.out)
+
+    def step(self, step):
+        """Forward, backward and update on the batches of this step. Raises FloatingPointError if they are not finite."""
+        options = self.options
+        torch.manual_seed(options.seed + step)  # dropout
+        shape = (options.grad_accum, options.batch_size)
+        rows = np.random.default_rng((options.seed, step)).integers(len(self.starts), size=shape)[
+            :, self.rank :: self.world
+        ]
+        total = 0.0
+        for i, chosen in enumerate(rows):
+            starts = self.starts[chosen]
+            lengths = np.minimum(
+                self.config.block_size, len(self.train_tokens) - 1 - starts
+            )  # the next story may break off
+            idx, targets = batch(self.train_tokens, starts, lengths, self.config.block_size, self.device)
+            wait = self.net.no_sync() if self.world > 1 and i < len(rows) - 1 else nullcontext()  # gradients meet once
+            with wait:
+                with self.autocast:
+                    loss = self.net(idx, targets)[1] / options.grad_accum
+                loss.backward()
+            total += loss.detach()
+        if self.world > 1:
+            dist.all_reduce(total)
+            total /= self.world
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), options.grad_clip)
+        if not (math.isfinite(total) and math.isfinite(norm)):
+            raise FloatingPointError(
+                f"step {step}: loss {total:.4g} and gradient norm {norm:.4g} are not finite; "
+                f"the best model so far is in {self.out / 'ckpt.pt'}; try a lower --lr than {options.lr}"
+            )
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(step, options)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.losses.append(float(total))
+
+    @torch.no_grad()
+    def evaluate(self, model, batches=None):
+        """Loss on the first batches of the validation data, or on all of it -> nats per token, and what a perfect model
+        would lose there (None where nobody knows)."""
+        model.eval()
+        total = count = 0
+        for i in range(0, len(self.val_rows[0]), self.options.batch_size)[:batches]:
+            starts, lengths = (column[i : i + self.options.batch_size] for column in self.val_rows)
+            with self.autocast:
+                loss = model(*batch(self.val_tokens, starts, lengths, self.config.block_size, self.device))[1]
+            total, count = total + loss.item() * int(lengths.sum()), count + int(lengths.sum())
+        model.train()
+        if not self.meta["val_nats"]:
+            return total / count, None
+        nats = np.interp(
+            count, self.story_ends, np.cumsum([0.0, *self.meta["val_nats"]])
+        )  # exact at the end of a story
+        return total / count, float(nats) / count
+
+    def save(self, step, val_loss=None, floor=None):
+        """Write last.pt; and if val_loss is given and the best so far, ckpt.pt."""
+        checkpoint = {
+            "format": FORMAT,
+            "config": asdict(self.config),
+            "model": self.model.state_dict(),
+            "options": asdict(self.options),
+            "meta": self.facts,
+            "step": step,
+            "val_loss": val_loss,
+            "floor": floor,
+        }
+        if val_loss is not None and val_loss < self.best:
+            self.best = val_loss
+            write(self.out / "ckpt.pt", checkpoint)
+        progress = {"optimizer": self.optimizer.state_dict(), "best": self.best, "losses": self.losses}
+        write(self.out / "last.pt", checkpoint | progress)
+
+    def report(self, step, seconds, bar):
+        """Evaluate, print a line, log it, save. seconds: how long the steps since the last report took."""
+        val_loss, floor = self.evaluate(self.model, self.options.eval_steps)
+        if not math.isfinite(val_loss):
+            raise FloatingPointError(
+                f"step {step}: val loss is {val_loss}; the best model so far is in {self.out / 'ckpt.pt'}"
+            )
+        loss, rate = None, None
+        if self.losses:
+            loss, rate = sum(self.losses) / len(self.losses), len(self.losses) * self.tokens_per_step / seconds
+        peak = peak_flops(self.device)
+        mfu = rate * flops_per_token(self.model) / (peak * self.world) if peak and rate else None
+        left = (self.options.steps - step) * self.tokens_per_step / rate if rate else None
+        entry = {
+            "step": step,
+            "loss": loss,
+            "val_loss": val_loss,
+            "excess": floor and val_loss - floor,
+            "tokens_per_second": rate,
+        }
+        bar.write(row(*entry.values(), mfu, left))
+        with open(self.out / "log.jsonl", "a") as log:
+            log.write(json.dumps(entry) + "\n")
+        self.losses = []
+        self.save(step, val_loss, floor)
+
+    def train(self):
+        options, leader = self.options, self.rank == 0
+        stop = []
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda number, frame: stop.append(number))
+        if leader:
+            open_log(self.out, self.first if self.resumed else -1)
+            size = f"{sum(p.numel() for p in self.model.parameters()):,} parameters"
+            print(
+                f"{self.config.attn}, {size}, {self.device} in {options.dtype}; {self.tokens_per_step:,} tokens a step"
+            )
+            print(HEADER)
+        bar = tqdm(
+            total=options.steps, initial=self.first, unit=" steps", leave=False, disable=None if leader else True
+        )
+        seconds = 0.0
+        for step in range(self.first, options.steps + 1):
+            due = step % options.eval_interval == 0 or step == options.steps
+            if leader and due and not (self.resumed and step == self.first):
+                self.report(step, seconds, bar)
+                seconds = 0.0
+            if step == options.steps or self.agreed(stop):
+                break
+            begun = time.perf_counter()
+            self.step(step)
+            seconds += time.perf_counter() - begun
+            bar.update()
+        bar.close()
+        if leader and step < options.steps:
+            self.save(step)
+            print(
+                f"stopped after step {step} of {options.steps}; go on with: python train.py --resume --out={self.out}"
+            )
+        elif leader:
+            self.finish()
+
+    def agreed(self, stop):
+        """Has any process been asked to stop?"""
+        if self.world == 1:
+            return bool(stop)
+        asked = torch.tensor(float(bool(stop)), device=self.device)
+        dist.all_reduce(asked)
+        return asked.item() > 0
+
+    def finish(self):
+        """Last words: the best model on all of the validation data, its cache, a story, and what to try next."""
+        path, config = self.out / "ckpt.pt", self.config
+        model, checkpoint = load_checkpoint(path, self.device)
+        loss, floor = self.evaluate(model)
+        write(path, checkpoint | {"val_loss": loss, "floor": floor})
+        cached = model.kv_bytes_per_token(torch.bfloat16)
+        of_mha = config.n_layer * 2 * config.n_embd * torch.bfloat16.itemsize
+        print(f"\nval loss {loss:.4f} nats per token on all {self.meta['val_stories']:,} validation stories")
+        if floor:
+            print(f"excess   {loss - floor:.4f} over the {floor:.4f} that the stories hold; a perfect model has 0")
+        print(
+            f"KV cache {cached:,} bytes per token in bfloat16, {1 - cached / of_mha:.0%} less than the {of_mha:,} of mha"
+        )
+        print(f"\n{tell(model.eval(), self.tokenizer, 'Once upon a time')}\n")
+        other = "mla_decoupled" if config.attn != "mla_decoupled" else "mha_rope"
+        print(f'next: python model.py {path} --prompt="One sunny day" --seed=1')
+        print(f"      python train.py --attn={other} --out={self.out}/{other}")
+
+
+def main():
+    given = parse_arguments()
+    try:
+        Run(given).train()
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run(main)
