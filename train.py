@@ -15,6 +15,7 @@ import time
 from argparse import SUPPRESS, BooleanOptionalAction
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -226,33 +227,36 @@ def flops_per_token(model):
     return 6 * sum(p.numel() for p in model.parameters()) + 6 * c.n_layer * c.n_embd * c.block_size
 
 
-HEADER = "  step    loss     val  excess  tokens/s    MFU   left"
+def peak_flops(device):
+    """Of the GPU, by its datasheet; None where it is not known."""
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else ""
+    return next((flops for gpu, flops in PEAK_FLOPS.items() if gpu in name), None)
 
 
-def row(step, loss, val_loss, excess, rate, mfu, left):
-    """A line under HEADER; "-" where there is no value."""
-    minutes = None if left is None else f"{int(left) // 60}:{int(left) % 60:02d}"
-    columns = (
-        (step, "6"),
-        (loss, "8.4f"),
-        (val_loss, "8.4f"),
-        (excess, "8.4f"),
-        (rate, "10,.0f"),
-        (mfu, "7.0%"),
-        (minutes, ">7"),
-    )
-    return "".join(
-        format(value, style) if value is not None else "-".rjust(int(style.strip(">").split(".")[0].split(",")[0]))
-        for value, style in columns
-    )
+def flops_per_token(model):
+    """Of forward and backward: 6 for each weight (the embedding is the output head), and 12 for each number of a key in the
+    context, half of which the causal mask leaves out (Chowdhery et al. 2022, appendix B)."""
+    config = model.config
+    return 6 * sum(p.numel() for p in model.parameters()) + 6 * config.n_layer * config.n_embd * config.block_size
 
 
-def open_log(out, step):
-    """Make the folder, and a log.jsonl that ends with this step: a run that was killed may have logged more than it saved."""
+def cell(value, width, style=""):
+    return ("-" if value is None else format(value, style)).rjust(width)
+
+
+def prepare_folder(out, resumed_at):
+    """Make the folder of a new run, moving an older run's files into out/previous/; or shorten the log of a resumed one,
+    which may have logged more than it saved before it was killed."""
     out.mkdir(parents=True, exist_ok=True)
     log = out / "log.jsonl"
-    lines = log.read_text().splitlines(True) if log.exists() else []
-    log.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+    if resumed_at is not None:
+        lines = log.read_text().splitlines(True) if log.exists() else []
+        log.write_text("".join(line for line in lines if json.loads(line)["step"] <= resumed_at))
+    elif (out / "last.pt").exists():
+        (out / "previous").mkdir(exist_ok=True)
+        for name in ("ckpt.pt", "last.pt", "log.jsonl"):
+            if (out / name).exists():
+                os.replace(out / name, out / "previous" / name)
 
 
 class Run:
@@ -284,12 +288,13 @@ class Run:
         matrices, gains = ([p for p in self.model.parameters() if (p.dim() == 2) == flat] for flat in (True, False))
         groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": gains, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
-        self.first, self.best, self.losses = 0, math.inf, []  # losses: since the last evaluation
+        self.first, self.best = 0, math.inf
+        self.losses, self.seconds = [], 0.0  # of the steps since the last report
         self.resumed = last is not None
         if last:
             self.model.load_state_dict(last["model"])
             self.optimizer.load_state_dict(last["optimizer"])
-            self.first, self.best, self.losses = last["step"], last["best"], last["losses"]
+            self.first, self.best, self.losses, self.seconds = (last[k] for k in ("step", "best", "losses", "seconds"))
         net = torch.compile(self.model) if options.compile else self.model
         self.net = DistributedDataParallel(net) if self.world > 1 else net
         self.autocast = nullcontext()
@@ -323,15 +328,15 @@ class Run:
             total /= self.world
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), options.grad_clip)
         if not (math.isfinite(total) and math.isfinite(norm)):
-            raise FloatingPointError(
-                f"step {step}: loss {total:.4g} and gradient norm {norm:.4g} are not finite; "
-                f"the best model so far is in {self.out / 'ckpt.pt'}; try a lower --lr than {options.lr}"
-            )
+            raise FloatingPointError(f"step {step}: loss {total:.4g}, gradient norm {norm:.4g}; {self.rescue()}")
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, options)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.losses.append(float(total))
+
+    def rescue(self):
+        return f"the best model so far is in {self.out / 'ckpt.pt'}; try a lower --lr than {self.options.lr}"
 
     @torch.no_grad()
     def evaluate(self, model, batches=None):
@@ -367,67 +372,63 @@ class Run:
         if val_loss is not None and val_loss < self.best:
             self.best = val_loss
             write(self.out / "ckpt.pt", checkpoint)
-        progress = {"optimizer": self.optimizer.state_dict(), "best": self.best, "losses": self.losses}
-        write(self.out / "last.pt", checkpoint | progress)
+        progress = {"best": self.best, "losses": self.losses, "seconds": self.seconds}
+        write(self.out / "last.pt", checkpoint | progress | {"optimizer": self.optimizer.state_dict()})
 
-    def report(self, step, seconds, bar):
-        """Evaluate, print a line, log it, save. seconds: how long the steps since the last report took."""
+    def report(self, step, bar):
+        """Evaluate, print a line, log it, save."""
         val_loss, floor = self.evaluate(self.model, self.options.eval_steps)
         if not math.isfinite(val_loss):
-            raise FloatingPointError(
-                f"step {step}: val loss is {val_loss}; the best model so far is in {self.out / 'ckpt.pt'}"
-            )
-        loss, rate = None, None
+            raise FloatingPointError(f"step {step}: val loss is {val_loss}; {self.rescue()}")
+        excess = floor and val_loss - floor
+        loss = rate = mfu = left = None
         if self.losses:
-            loss, rate = sum(self.losses) / len(self.losses), len(self.losses) * self.tokens_per_step / seconds
-        peak = peak_flops(self.device)
-        mfu = rate * flops_per_token(self.model) / (peak * self.world) if peak and rate else None
-        left = (self.options.steps - step) * self.tokens_per_step / rate if rate else None
-        entry = {
-            "step": step,
-            "loss": loss,
-            "val_loss": val_loss,
-            "excess": floor and val_loss - floor,
-            "tokens_per_second": rate,
-        }
-        bar.write(row(*entry.values(), mfu, left))
+            loss = sum(self.losses) / len(self.losses)
+            rate = len(self.losses) * self.tokens_per_step / self.seconds
+            left = str(timedelta(seconds=round((self.options.steps - step) * self.tokens_per_step / rate)))
+            peak = peak_flops(self.device)
+            mfu = peak and rate * flops_per_token(self.model) / (peak * self.world)
+        bar.write(
+            f"{step:6}{cell(loss, 8, '.4f')}{val_loss:8.4f}{cell(excess, 8, '.4f')}"
+            f"{cell(rate, 10, ',.0f')}{cell(mfu, 6, '.0%')}{cell(left, 9)}"
+        )
+        entry = {"step": step, "loss": loss, "val_loss": val_loss, "excess": excess, "tokens_per_second": rate}
         with open(self.out / "log.jsonl", "a") as log:
             log.write(json.dumps(entry) + "\n")
-        self.losses = []
+        self.losses, self.seconds = [], 0.0
         self.save(step, val_loss, floor)
 
     def train(self):
+        """All steps, with a report every eval_interval. Ctrl-C and SIGTERM stop after the step that they meet."""
         options, leader = self.options, self.rank == 0
         stop = []
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda number, frame: stop.append(number))
         if leader:
-            open_log(self.out, self.first if self.resumed else -1)
+            prepare_folder(self.out, self.first if self.resumed else None)
             size = f"{sum(p.numel() for p in self.model.parameters()):,} parameters"
             print(
                 f"{self.config.attn}, {size}, {self.device} in {options.dtype}; {self.tokens_per_step:,} tokens a step"
             )
-            print(HEADER)
+            print(f"{'step':>6}{'loss':>8}{'val':>8}{'excess':>8}{'tokens/s':>10}{'MFU':>6}{'left':>9}")
         bar = tqdm(
             total=options.steps, initial=self.first, unit=" steps", leave=False, disable=None if leader else True
         )
-        seconds = 0.0
         for step in range(self.first, options.steps + 1):
             due = step % options.eval_interval == 0 or step == options.steps
-            if leader and due and not (self.resumed and step == self.first):
-                self.report(step, seconds, bar)
-                seconds = 0.0
+            if leader and due and not (self.resumed and step == self.first):  # a resumed run saved after its report
+                self.report(step, bar)
             if step == options.steps or self.agreed(stop):
                 break
             begun = time.perf_counter()
             self.step(step)
-            seconds += time.perf_counter() - begun
+            self.seconds += time.perf_counter() - begun
             bar.update()
         bar.close()
         if leader and step < options.steps:
             self.save(step)
             print(
-                f"stopped after step {step} of {options.steps}; go on with: python train.py --resume --out={self.out}"
+                f"stopped after {step} of {options.steps} steps; go on with: python train.py --resume --out={self.out}"
             )
         elif leader:
             self.finish()

@@ -66,9 +66,8 @@ def load_tokenizer(name):
 
 
 def write_stories(job):
-    """Stories of the world, by (seed, indices, tokenizer) -> their tokens, and the information content of each in nats."""
-    sys.path.insert(0, str(DATA))
-    from stories import Author
+    """A job (seed, indices, tokenizer's name) -> the tokens of each story, and its information content in nats."""
+    from data.stories import Author  # here, because it reads the whole world
 
     seed, indices, tokenizer = job
     encode = load_tokenizer(tokenizer).encode_ordinary
@@ -82,8 +81,8 @@ def split_documents(text):
     documents = [document.strip() for document in documents if document.strip()]
     if len(documents) == 1:
         words = re.findall(r"\S+\s*", documents[0])
-        cut = len(words) - len(words) // 20
-        documents = ["".join(words[:cut]), "".join(words[cut:])]
+        cut = len(words) - max(1, len(words) // 20)
+        documents = [text for text in ("".join(words[:cut]), "".join(words[cut:])) if text]
     return documents
 
 
@@ -118,10 +117,10 @@ def invent(count, seed, tokenizer):
 
 
 def prepare(source="stories", stories=None, tokenizer=None, seed=0, root=DATA):
-    """Write a data set to root/<name>/ and return that folder; if it is there, made with the same arguments, do nothing.
+    """Write a data set to root/<name>/ and return that folder. If the same is there already, do nothing.
 
-    source: "stories", "tinystories" or a text file; stories: how many (the first 100,000; a file: all); seed: of the world.
-    One story in twenty, 1,000 at most, the last ones, is for validation. The folder appears when it is whole.
+    source: "stories", "tinystories" or a text file; stories: how many (100,000, or all of a file); seed: of the world.
+    The last twentieth, 1,000 stories at most, is for validation. The folder appears only when it is whole.
     Raises ValueError for bad input, OSError if the network or the disk fails."""
     is_file = source not in ("stories", "tinystories")
     name = Path(source).stem if is_file else source
@@ -184,7 +183,7 @@ def prepare(source="stories", stories=None, tokenizer=None, seed=0, root=DATA):
 
 
 def load_data(folder):
-    """A folder that prepare() wrote -> meta (dict), train and val (memory-mapped uint16 arrays). ValueError if damaged."""
+    """A folder that prepare() wrote -> meta (a dict), train and val (memory-mapped uint16). ValueError if damaged."""
     folder = Path(folder)
     try:
         meta = json.loads((folder / "meta.json").read_text())
@@ -217,4 +216,5 @@ def main():
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(DATA.parent))  # where the package `data` is found
     run(main)

@@ -1,7 +1,7 @@
 """A small world in which stories happen: simple English, a state that later sentences must agree with, known entropy.
 
 Story i of a seed is a pure function of (seed, i). It follows a plan (a hero, a friend, a place, a thing, a trouble, an
-ending, a moral), and every random choice of its author goes through Author.choose, which adds up -log p. No two different
+ending, a moral), and every random choice of its author goes through Author.choose, which adds up -log p. No two
 sequences of choices give the same text, so the sum is the exact information content of the text, -log P(text), and its
 mean per token is the loss in nats that no model of these stories can beat.
 
@@ -17,6 +17,7 @@ import base64
 import math
 import random
 import re
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -80,8 +81,8 @@ for name, facts, body in re.findall(r"^== (\w+):(.*)\n((?:[^=#\n].*\n)+)", WORLD
     EVENTS[name] = facts, [parse(line) for line in body.splitlines()]
 
 
-# A plot is a trouble and its end, step by step: an event, a method of Author, or another plot. `step?` may be left out, and
-# of `this|that` one is taken. Its moral is the event moral_<plot>.
+# A plot is a trouble and its end, step by step: an event, a method of Author, or one of PARTS. `step?` may be left out,
+# and of `this|that` one is taken. The moral of a plot is the event moral_<plot>.
 PLOTS = {
     "lost": "own set_out put pastime miss weep? search? ask_spot|ask_helper find hug?",
     "promise": "want promised do_chore tempt resist|yield reward",
@@ -164,12 +165,15 @@ class Author:
                 yield getattr(word, field) if field else word
 
     def say(self, event, **cast):
-        """Tell an event in one of its ways, with cast in its slots. What it recalls must be true; the rest becomes so."""
+        """Tell an event in one of its ways, with this cast. What it recalls must be true; the rest becomes so."""
         self.cast.update(cast)
         facts, tellings = EVENTS[event]
         drawn = {}
         self.told.append("".join(self.render(self.choose(tellings), drawn)))
         self.events.append((event, drawn))
+        self.recall_or_set(facts)
+
+    def recall_or_set(self, facts):
         for subject, relation, value, mode in facts:
             subject = self.cast.get(subject, subject)
             slot, _, field = value.partition(".")
@@ -177,7 +181,7 @@ class Author:
             if mode in "?!":
                 held = self.state.get((subject, relation))
                 if (held == value) != (mode == "?"):
-                    raise AssertionError(f"{event}: {subject} {relation} {value}{mode} but it is {held}")
+                    raise AssertionError(f"{subject} {relation} {value}{mode} but the state has {held}")
             else:
                 self.state[subject, relation] = value
 
@@ -309,7 +313,7 @@ def learn_bpe(counts, size):
 
 
 def main():
-    from prepare import PATTERN, VOCABULARY, Parser
+    from data.prepare import PATTERN, VOCABULARY, Parser
 
     parser = Parser(description="Tell stories of the story world, or make its vocabulary anew.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -332,6 +336,7 @@ def main():
 
 
 if __name__ == "__main__":
-    from prepare import run
+    sys.path.insert(0, str(Path(__file__).parent.parent))  # where the package `data` is found
+    from data.prepare import run
 
     run(main)
