@@ -446,6 +446,14 @@ class GPT(nn.Module):
 FORMAT = "nanoMLA checkpoint 1"
 
 
+def check_device(device):
+    """Raise ValueError if there is no such device on this machine."""
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device={device}: not to be had here: {str(error).splitlines()[0]}") from error
+
+
 def load_checkpoint(path, device="cpu"):
     """Read a checkpoint of train.py -> the model in eval mode, and the checkpoint's dict (its entries: see train.py).
 
@@ -462,7 +470,8 @@ def load_checkpoint(path, device="cpu"):
     try:
         with torch.device("meta"):  # shapes only: the memory is that of the tensors in the file
             model = GPT(GPTConfig(**checkpoint["config"]))
-        model.load_state_dict(checkpoint["model"], assign=True)
+        # A plain dict, for PyTorch notes assign=True in its own kind of dict, and every later load from it would assign.
+        model.load_state_dict(dict(checkpoint["model"]), assign=True)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path}: weights and configuration do not fit together: {reason}") from error
@@ -498,7 +507,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="another seed, another story (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: %(default)s)")
     args = parser.parse_args()
-
+    check_device(args.device)
     model, checkpoint = load_checkpoint(args.checkpoint, args.device)
     tokenizer = load_tokenizer(checkpoint["meta"]["tokenizer"])
     print(tell(model, tokenizer, args.prompt, args.tokens, args.temperature, args.top_k, args.seed))

@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data.prepare import DATA, Parser, load_data, load_tokenizer, run
-from model import ATTN, FORMAT, GPT, GPTConfig, load_checkpoint, tell
+from model import ATTN, FORMAT, GPT, GPTConfig, check_device, load_checkpoint, tell
 
 SIZES = {  # the shape of a model, and the training that suits it
     "tiny": dict(n_layer=4, n_head=4, n_embd=256, block_size=320, batch_size=8, steps=800, lr=2e-3),
@@ -158,12 +158,9 @@ def join_processes(options):
         raise ValueError(
             f"--batch_size={options.batch_size}: must be a multiple of the {world} processes that share it"
         )
-    try:
-        if world > 1 and device == "cuda":
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device={device}: cannot be used here: {str(error).splitlines()[0]}") from error
+    if world > 1 and device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    check_device(device)
     if world > 1:
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     return int(os.environ.get("RANK", 0)), world, device
@@ -452,9 +449,8 @@ class Run:
         print(f"\nval loss {loss:.4f} nats per token on all {self.meta['val_stories']:,} validation stories")
         if floor:
             print(f"excess   {loss - floor:.4f} over the {floor:.4f} that the stories hold; a perfect model has 0")
-        print(
-            f"KV cache {cached:,} bytes per token in bfloat16, {1 - cached / of_mha:.0%} less than the {of_mha:,} of mha"
-        )
+        cut = f"{1 - cached / of_mha:.0%} less than" if cached < of_mha else "as"
+        print(f"KV cache {cached:,} bytes per token in bfloat16, {cut} the {of_mha:,} of mha")
         print(f"\n{tell(model.eval(), self.tokenizer, 'Once upon a time')}\n")
         other = "mla_decoupled" if config.attn != "mla_decoupled" else "mha_rope"
         print(f'next: python model.py {path} --prompt="One sunny day" --seed=1')

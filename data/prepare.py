@@ -61,7 +61,12 @@ def load_tokenizer(name):
         ranks = {base64.b64decode(token): int(rank) for token, rank in map(str.split, lines)}
         return tiktoken.Encoding(name, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={END: len(ranks)})
     if name == "gpt2":
-        return tiktoken.get_encoding(name)
+        try:
+            return tiktoken.get_encoding(name)
+        except OSError as error:
+            raise OSError(
+                "the gpt2 tokenizer could not be downloaded; go online once, or use --tokenizer=stories"
+            ) from error
     raise ValueError(f"tokenizer {name!r}: must be stories or gpt2")
 
 
@@ -89,15 +94,16 @@ def split_documents(text):
 def download_tinystories(count):
     """The first `count` stories of TinyStories (Eldan and Li 2023): about 0.9 KB each, read no further than needed."""
     stories, lines = [], []
-    with urllib.request.urlopen(TINYSTORIES, timeout=30) as response, tqdm(total=count, unit=" stories") as bar:
-        for line in response:
-            lines.append(line.decode())
-            if line.strip() == END.encode():
-                stories.append("".join(lines[:-1]).strip())
-                lines = []
-                bar.update()
-                if len(stories) == count:
-                    break
+    try:
+        with urllib.request.urlopen(TINYSTORIES, timeout=30) as response, tqdm(total=count, unit=" stories") as bar:
+            while len(stories) < count and (line := response.readline().decode()):
+                lines.append(line)
+                if line.strip() == END:
+                    stories.append("".join(lines[:-1]).strip())
+                    lines = []
+                    bar.update()
+    except OSError as error:
+        raise OSError(f"no TinyStories: cannot read {TINYSTORIES}: {error}") from error
     return stories
 
 
@@ -129,16 +135,17 @@ def prepare(source="stories", stories=None, tokenizer=None, seed=0, root=DATA):
     if stories is not None and stories < 2:
         raise ValueError(f"--stories={stories}: must be at least 2, one to train on and one to validate")
     stories = stories or (None if is_file else 100_000)
-    encoding = load_tokenizer(tokenizer or ("stories" if source == "stories" else "gpt2"))
-    meta = {"source": source if not is_file else Path(source).name, "stories": stories, "tokenizer": encoding.name}
-    if source == "stories":
-        made_by = (DATA / "stories.py", DATA / "world.txt", VOCABULARY)
-        meta |= {"seed": seed, "world": hashlib.sha256(b"".join(path.read_bytes() for path in made_by)).hexdigest()}
-    elif is_file:
+    if is_file:
         try:
             text = Path(source).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"{source}: cannot be read as text: {error}") from error
+    encoding = load_tokenizer(tokenizer or ("stories" if source == "stories" else "gpt2"))
+    meta = {"source": Path(source).name, "stories": stories, "tokenizer": encoding.name}
+    if source == "stories":
+        made_by = (DATA / "stories.py", DATA / "world.txt", VOCABULARY)
+        meta |= {"seed": seed, "world": hashlib.sha256(b"".join(path.read_bytes() for path in made_by)).hexdigest()}
+    elif is_file:
         meta["sha256"] = hashlib.sha256(text.encode()).hexdigest()
 
     folder = Path(root) / name
