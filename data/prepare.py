@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 DATA = Path(__file__).parent
 VOCABULARY = DATA / "stories.tiktoken"  # made by: python data/stories.py vocabulary
-PATTERN = r" ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+"  # words, numbers, punctuation, each with the space before it
+PATTERN = r" ?[^\W\d_]+| ?\d+| ?(?:[^\w\s]|_)+|\s+"  # words, numbers, punctuation, each with the space before it
 END = "<|endoftext|>"
 TINYSTORIES = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/TinyStories-train.txt"
 

@@ -21,8 +21,6 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import regex
-
 WORLD = re.sub(r"\n +", " ", (Path(__file__).parent / "world.txt").read_text(encoding="utf-8"))  # indented lines go on
 FIRST_LETTERS = re.compile(r'(^|\n|[.!?] |\." |(?<!, )")([a-z])')  # of sentences, quoted ones too
 
@@ -329,7 +327,7 @@ def main():
             print(f"{story.text}\n({story.nats:.1f} nats)\n")
     else:
         text = "\n".join(Author("vocabulary", index).text for index in range(20_000))
-        ranks = learn_bpe(Counter(regex.findall(PATTERN, text)), args.size)
+        ranks = learn_bpe(Counter(re.findall(PATTERN, text)), args.size)
         lines = (f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items())
         VOCABULARY.write_text("".join(lines), encoding="ascii")
         print(f"{len(ranks)} tokens in {VOCABULARY}")
