@@ -178,7 +178,7 @@ class Attention(nn.Module):
         return x.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
 
     def keep(self, x, rope):
-        """What tokens x (B, T, d) leave behind for the cache: a list of (B, kv_heads, T, width), the values' part first."""
+        """What tokens x (B, T, d) leave behind: a list of (B, kv_heads, T, width), the values' part first."""
         attn = self.config.attn
         if attn == "mha":
             return [self.heads(self.w_v(x)), self.heads(self.w_k(x))]
@@ -472,7 +472,7 @@ def load_checkpoint(path, device="cpu"):
     try:
         with torch.device("meta"):  # shapes only: the memory is that of the tensors in the file
             model = GPT(GPTConfig(**checkpoint["config"]))
-        # A plain dict, for PyTorch notes assign=True in its own kind of dict, and every later load from it would assign.
+        # As a plain dict, because PyTorch notes assign=True in its own kind of dict, and later loads from it obey.
         model.load_state_dict(dict(checkpoint["model"]), assign=True)
     except Exception as error:  # likewise: anything can stand in the file
         reason = " ".join(str(error).split())[:200]

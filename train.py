@@ -1,8 +1,8 @@
 """Train a GPT with any attention on stories.
 
-Runs on a CPU, on one GPU, or under torchrun on several. Into --out go ckpt.pt (the best so far by val loss), last.pt (for
---resume) and log.jsonl. What happens in a step depends only on the options and the step's number, never on the clock or
-on what ran before, so that a run can be stopped and resumed.
+Runs on a CPU, on one GPU, or under torchrun on several. Into --out go ckpt.pt (the best so far by val loss), last.pt
+(for --resume) and log.jsonl. What a step does depends on the options, the weights and the number of the step, never on
+the clock or on how often the run was stopped, so that a resumed run is the same run.
 """
 
 import json
@@ -29,18 +29,12 @@ from data.prepare import DATA, Parser, load_data, load_tokenizer, run
 from model import ATTN, FORMAT, GPT, GPTConfig, check_device, load_checkpoint, tell
 
 SIZES = {  # the shape of a model, and the training that suits it
-    "tiny": dict(n_layer=4, n_head=4, n_embd=256, block_size=320, batch_size=8, steps=800, lr=2e-3),
+    "tiny": dict(n_layer=4, n_head=4, n_embd=256, block_size=320, batch_size=8, steps=500, lr=3e-3),
     "30m": dict(n_layer=9, n_head=8, n_embd=512, block_size=512, batch_size=64, steps=5000, lr=1e-3),
     "124m": dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=64, steps=10000, lr=6e-4),
     "200m": dict(n_layer=12, n_head=16, n_embd=1024, block_size=1024, batch_size=64, steps=10000, lr=5e-4),
 }
-PEAK_FLOPS = {
-    "H100": 989e12,
-    "H200": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "RTX 4090": 165e12,
-}  # dense bf16, datasheets
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bf16, datasheets
 
 
 def option(default, help, choices=None):
@@ -51,9 +45,7 @@ def option(default, help, choices=None):
 class Options:
     """How to train. Raises ValueError that names the option, what it got, and what it may be."""
 
-    size: str = option(
-        None, "shape of the model and budget; the flags below override it (tiny on a CPU, 30m on a GPU)", SIZES
-    )
+    size: str = option(None, "shape of the model, and a budget that suits it (tiny on a CPU, 30m on a GPU)", SIZES)
     data: str = option("stories", "folder that data/prepare.py made: its name in data/, or a path")
     out: str = option("out", "folder for checkpoints and log")
     resume: bool = option(False, "continue the run in --out where it stopped")
@@ -65,7 +57,7 @@ class Options:
     weight_decay: float = option(0.1, "of AdamW, for matrices")
     grad_clip: float = option(1.0, "longest gradient")
     eval_interval: int = option(None, "steps between evaluations (a twentieth of all)")
-    eval_steps: int = option(16, "batches of an evaluation; the one at the end takes all validation data")
+    eval_steps: int = option(8, "batches of an evaluation; the one at the end takes all validation data")
     seed: int = option(0, "of weights, batches and dropout")
     device: str = option(None, "cpu, cuda, cuda:1, ... (cuda where there is one)")
     dtype: str = option(None, "of matrix products (bfloat16 where it is fast)", ("bfloat16", "float32"))
@@ -170,14 +162,15 @@ def open_data(name, rank, world):
     """-> meta, train tokens, val tokens. The default data is made if it is not there."""
     folder = DATA / name if (DATA / name / "meta.json").exists() or name == "stories" else Path(name)
     if name == "stories" and rank == 0 and not folder.exists():
-        subprocess.run([sys.executable, DATA / "prepare.py"], check=True)
+        if status := subprocess.run([sys.executable, DATA / "prepare.py"]).returncode:
+            sys.exit(status)  # it has said why
     if world > 1:
         dist.barrier()
     return load_data(folder)
 
 
 def story_rows(tokens, end, length):
-    """Cut a stream of stories into rows of at most `length` tokens to predict: their starts and lengths, two int64 arrays.
+    """Cut a stream of stories into rows of at most `length` tokens to predict -> their starts and lengths, int64.
 
     A row begins where a story does, and holds as many stories as fit: each is read from its first word on. Only a story
     that is longer than a row goes on in the next one."""
@@ -217,13 +210,6 @@ def write(path, checkpoint):
     os.replace(temporary, path)
 
 
-def flops_per_token(model):
-    """Of forward and backward: 6 for each weight (the embedding counts as output head), 12 for each pair of a query and a
-    key's number, half of which are masked (Kaplan et al. 2020; Chowdhery et al. 2022, appendix B)."""
-    c = model.config
-    return 6 * sum(p.numel() for p in model.parameters()) + 6 * c.n_layer * c.n_embd * c.block_size
-
-
 def peak_flops(device):
     """Of the GPU, by its datasheet; None where it is not known."""
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else ""
@@ -231,8 +217,8 @@ def peak_flops(device):
 
 
 def flops_per_token(model):
-    """Of forward and backward: 6 for each weight (the embedding is the output head), and 12 for each number of a key in the
-    context, half of which the causal mask leaves out (Chowdhery et al. 2022, appendix B)."""
+    """Of forward and backward: 6 for each weight (the embedding is the output head), and 12 for each number of the keys
+    attended to, on average half the context (Chowdhery et al. 2022, appendix B)."""
     config = model.config
     return 6 * sum(p.numel() for p in model.parameters()) + 6 * config.n_layer * config.n_embd * config.block_size
 
@@ -242,8 +228,8 @@ def cell(value, width, style=""):
 
 
 def prepare_folder(out, resumed_at):
-    """Make the folder of a new run, moving an older run's files into out/previous/; or shorten the log of a resumed one,
-    which may have logged more than it saved before it was killed."""
+    """Make the folder of a new run, and move an older run's files into out/previous/. Shorten the log of a resumed run:
+    if it was killed, it may have logged more than it saved."""
     out.mkdir(parents=True, exist_ok=True)
     log = out / "log.jsonl"
     if resumed_at is not None:
@@ -272,7 +258,7 @@ class Run:
         block_size, end = self.config.block_size, self.tokenizer.eot_token
         if len(self.train_tokens) <= block_size:
             raise ValueError(
-                f"--block_size={block_size}: the data has only {len(self.train_tokens) - 1} tokens to train on"
+                f"--block_size={block_size}: there are only {len(self.train_tokens) - 1} tokens to train on"
             )
         self.starts, _ = story_rows(self.train_tokens, end, block_size)
         self.val_rows = story_rows(self.val_tokens, end, block_size)
@@ -300,22 +286,18 @@ class Run:
         self.out = Path(options.out)
 
     def step(self, step):
-        """Forward, backward and update on the batches of this step. Raises FloatingPointError if they are not finite."""
+        """Forward, backward and update on the batches of this step. FloatingPointError if they are not finite."""
         options = self.options
         torch.manual_seed(options.seed + step)  # dropout
-        shape = (options.grad_accum, options.batch_size)
-        rows = np.random.default_rng((options.seed, step)).integers(len(self.starts), size=shape)[
-            :, self.rank :: self.world
-        ]
+        chance = np.random.default_rng((options.seed, step))
+        rows = chance.integers(len(self.starts), size=(options.grad_accum, options.batch_size))
         total = 0.0
-        for i, chosen in enumerate(rows):
-            starts = self.starts[chosen]
-            lengths = np.minimum(
-                self.config.block_size, len(self.train_tokens) - 1 - starts
-            )  # the next story may break off
-            idx, targets = batch(self.train_tokens, starts, lengths, self.config.block_size, self.device)
-            wait = self.net.no_sync() if self.world > 1 and i < len(rows) - 1 else nullcontext()  # gradients meet once
-            with wait:
+        for i, chosen in enumerate(rows[:, self.rank :: self.world]):
+            starts, tokens, block_size = self.starts[chosen], self.train_tokens, self.config.block_size
+            lengths = np.minimum(block_size, len(tokens) - 1 - starts)  # rows are full: their last story may break off
+            idx, targets = batch(tokens, starts, lengths, block_size, self.device)
+            last = i == options.grad_accum - 1
+            with nullcontext() if last or self.world == 1 else self.net.no_sync():  # processes add their gradients once
                 with self.autocast:
                     loss = self.net(idx, targets)[1] / options.grad_accum
                 loss.backward()
@@ -349,10 +331,8 @@ class Run:
         model.train()
         if not self.meta["val_nats"]:
             return total / count, None
-        nats = np.interp(
-            count, self.story_ends, np.cumsum([0.0, *self.meta["val_nats"]])
-        )  # exact at the end of a story
-        return total / count, float(nats) / count
+        nats = np.cumsum([0.0, *self.meta["val_nats"]])  # up to each end of a story
+        return total / count, float(np.interp(count, self.story_ends, nats)) / count
 
     def save(self, step, val_loss=None, floor=None):
         """Write last.pt; and if val_loss is given and the best so far, ckpt.pt."""
@@ -396,7 +376,9 @@ class Run:
         self.save(step, val_loss, floor)
 
     def train(self):
-        """All steps, with a report every eval_interval. Ctrl-C and SIGTERM stop after the step that they meet."""
+        """All steps, with a report every eval_interval. Ctrl-C and SIGTERM stop after the step that they meet.
+
+        Returns the exit status: None if done, 130 if stopped."""
         options, leader = self.options, self.rank == 0
         stop = []
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -404,13 +386,10 @@ class Run:
         if leader:
             prepare_folder(self.out, self.first if self.resumed else None)
             size = f"{sum(p.numel() for p in self.model.parameters()):,} parameters"
-            print(
-                f"{self.config.attn}, {size}, {self.device} in {options.dtype}; {self.tokens_per_step:,} tokens a step"
-            )
+            print(f"{self.config.attn}, {size}; {self.device}, {options.dtype}; {self.tokens_per_step:,} tokens a step")
             print(f"{'step':>6}{'loss':>8}{'val':>8}{'excess':>8}{'tokens/s':>10}{'MFU':>6}{'left':>9}")
-        bar = tqdm(
-            total=options.steps, initial=self.first, unit=" steps", leave=False, disable=None if leader else True
-        )
+        silent = None if leader else True  # None: tqdm shows its bar on terminals only
+        bar = tqdm(total=options.steps, initial=self.first, unit=" steps", leave=False, disable=silent)
         for step in range(self.first, options.steps + 1):
             due = step % options.eval_interval == 0 or step == options.steps
             if leader and due and not (self.resumed and step == self.first):  # a resumed run saved after its report
@@ -422,12 +401,14 @@ class Run:
             self.seconds += time.perf_counter() - begun
             bar.update()
         bar.close()
-        if leader and step < options.steps:
-            self.save(step)
-            print(
-                f"stopped after {step} of {options.steps} steps; go on with: python train.py --resume --out={self.out}"
-            )
-        elif leader:
+        if step < options.steps:
+            if leader:
+                self.save(step)
+                print(
+                    f"stopped after {step} of {options.steps} steps; go on: python train.py --resume --out={self.out}"
+                )
+            return 130
+        if leader:
             self.finish()
 
     def agreed(self, stop):
@@ -460,7 +441,7 @@ class Run:
 def main():
     given = parse_arguments()
     try:
-        Run(given).train()
+        sys.exit(Run(given).train())
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
