@@ -133,12 +133,11 @@ def attend(q, k, v, scale, dropout=0.0):
     Heads that share keys (G < H) are folded into the query axis, so that each key is read once for all of them."""
     (B, H, T, w), (G, S) = q.shape, k.shape[1:3]
     fold = H // G
-    mask, causal = None, False
-    if T == S and fold == 1:
-        causal = True
-    elif T > 1:  # query t of the T new ones is token S - T + t, and sees up to itself
-        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T).repeat(fold, 1)
     q = q.reshape(B, G, fold * T, w)
+    causal = T == S and fold == 1  # what fused kernels know by themselves
+    mask = None
+    if T > 1 and not causal:  # query t of the T new ones is token S - T + t, and sees up to itself
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T).repeat(fold, 1)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale)
     return y.reshape(B, H, T, w)
 

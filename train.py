@@ -29,7 +29,7 @@ from data.prepare import DATA, Parser, load_data, load_tokenizer, run
 from model import ATTN, FORMAT, GPT, GPTConfig, check_device, load_checkpoint, tell
 
 SIZES = {  # the shape of a model, and the training that suits it
-    "tiny": dict(n_layer=4, n_head=4, n_embd=256, block_size=320, batch_size=8, steps=500, lr=3e-3),
+    "tiny": dict(n_layer=4, n_head=4, n_embd=256, block_size=320, batch_size=8, steps=450, lr=3e-3),
     "30m": dict(n_layer=9, n_head=8, n_embd=512, block_size=512, batch_size=64, steps=5000, lr=1e-3),
     "124m": dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=64, steps=10000, lr=6e-4),
     "200m": dict(n_layer=12, n_head=16, n_embd=1024, block_size=1024, batch_size=64, steps=10000, lr=5e-4),
@@ -56,7 +56,7 @@ class Options:
     warmup: float = option(0.05, "share of the steps until the peak; then a cosine down to a tenth of it")
     weight_decay: float = option(0.1, "of AdamW, for matrices")
     grad_clip: float = option(1.0, "longest gradient")
-    eval_interval: int = option(None, "steps between evaluations (a twentieth of all)")
+    eval_interval: int = option(None, "steps between evaluations (a tenth of all)")
     eval_steps: int = option(8, "batches of an evaluation; the one at the end takes all validation data")
     seed: int = option(0, "of weights, batches and dropout")
     device: str = option(None, "cpu, cuda, cuda:1, ... (cuda where there is one)")
@@ -70,7 +70,7 @@ class Options:
         for name in ("steps", "batch_size", "lr"):
             if getattr(self, name) is None:
                 setattr(self, name, SIZES[self.size][name])
-        self.eval_interval = self.eval_interval if self.eval_interval is not None else max(1, self.steps // 20)
+        self.eval_interval = self.eval_interval if self.eval_interval is not None else max(1, self.steps // 10)
         self.compile = on_cuda if self.compile is None else self.compile
         self.dtype = self.dtype or ("bfloat16" if fast_bfloat16(on_cuda) else "float32")
         for name in ("steps", "batch_size", "grad_accum", "eval_interval", "eval_steps", "lr", "grad_clip"):
