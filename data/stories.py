@@ -89,7 +89,7 @@ PLOTS = {
     "rescue": "set_out stuck try? borrow free name pastime give_back keep_pet?",
     "broken": "set_out lend break conceal pastime ask_thing lie? confess repair ask_glue?",
     "hide": "set_out count hide_and_seek",
-    "errand": "errand way beggar share_either pastime? arrive ask_food praise",
+    "errand": "errand way beggar share_either fun|scene? arrive ask_food praise",
     "treasure": "set_out map pastime? get_key guard? chest divide pastime? ask_divide|ask_key",
     "noise": "set_out hear guess dare? reveal feed_baby? name pastime ask_noise keep_pet?",
     "house": "set_out build paint_and_repaint move_in",
@@ -188,9 +188,7 @@ class Author:
         self.play("trait|hobby?")
         plot = self.choose(tuple(PLOTS))
         self.play(PLOTS[plot])
-        if self.coin():
-            self.say("go_home")
-        recollections = self.recollections()
+        recollections = [{"event": "go_home"}, *self.recollections()] if plot != "promise" else self.recollections()
         if recollections and self.coin():
             self.say(**self.choose(recollections))
         self.say(f"moral_{plot}")

@@ -14,7 +14,7 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from model import ATTN, FORMAT, GPT, GPTConfig, load_checkpoint, rotary
@@ -28,12 +28,16 @@ CONTEXT = 200  # more than any drawn text
 seeds = st.integers(0, 2**32 - 1)
 
 
-def over(variants, examples):
+def examples(number):
+    """How many random examples a test takes. None fails because the machine is busy."""
+    return settings(max_examples=number, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+def over(variants, number):
     """Run a test(attn, joint, data) on that many random examples of each variant."""
 
     def wrap(test):
-        test = settings(max_examples=examples, deadline=None)(given(data=st.data())(test))
-        return pytest.mark.parametrize(("attn", "joint"), variants)(test)
+        return pytest.mark.parametrize(("attn", "joint"), variants)(examples(number)(given(data=st.data())(test)))
 
     return wrap
 
@@ -138,7 +142,7 @@ def twin(model, seed, **changes):
 # The forward pass
 
 
-@over(VARIANTS, examples=20)
+@over(VARIANTS, 20)
 def test_forward_equals_the_equations(attn, joint, data):
     """Logits and loss are those of the independent reference; targets of -1 do not count."""
     config, seed = data.draw(configs(attn, joint)), data.draw(seeds)
@@ -156,7 +160,7 @@ def test_forward_equals_the_equations(attn, joint, data):
     assert no_loss is None
 
 
-@over(VARIANTS, examples=8)
+@over(VARIANTS, 8)
 def test_a_later_token_changes_no_earlier_logit(attn, joint, data):
     """Causality: new tokens from place t on leave all logits before t as they were, and change those at t."""
     config, seed = data.draw(configs(attn, joint)), data.draw(seeds)
@@ -169,7 +173,7 @@ def test_a_later_token_changes_no_earlier_logit(attn, joint, data):
     assert (a[:, t] - b[:, t]).abs().max() > 1e-6
 
 
-@over(VARIANTS, examples=8)
+@over(VARIANTS, 8)
 def test_rows_of_a_batch_never_influence_each_other(attn, joint, data):
     """Each row of a batch gets the logits that it gets alone, with and without a cache."""
     config, seed = data.draw(configs(attn, joint)), data.draw(seeds)
@@ -191,7 +195,7 @@ def shifted(config, seed, *positions):
     return [attention(x, rotary(places, width, config.rope_base)) for places in positions]
 
 
-@over([v for v in VARIANTS if v[0] in ("mha_rope", "gqa", "mla_rope", "mla_decoupled")], examples=8)
+@over([v for v in VARIANTS if v[0] in ("mha_rope", "gqa", "mla_rope", "mla_decoupled")], 8)
 def test_attention_depends_on_relative_positions_only(attn, joint, data):
     """Shifting all positions leaves attention unchanged; moving one token does not."""
     config, seed, shift = data.draw(configs(attn, joint)), data.draw(seeds), data.draw(st.integers(1, 1000))
@@ -202,7 +206,7 @@ def test_attention_depends_on_relative_positions_only(attn, joint, data):
 
 
 @given(seeds, st.integers(1, 5))
-@settings(max_examples=20, deadline=None)
+@examples(20)
 def test_prerope_attention_depends_on_absolute_positions(seed, shift):
     """mla_prerope rotates keys before it compresses them: W_DK W_UK does not commute with the rotation."""
     config = GPTConfig(n_embd=32, n_head=4, n_layer=1, vocab_size=9, attn="mla_prerope", rank=0.5)
@@ -230,7 +234,7 @@ def test_attention_works_with_any_memory_layout_of_fused_attention(attn, joint):
 # Decoding
 
 
-@over(VARIANTS, examples=25)
+@over(VARIANTS, 25)
 def test_cached_decoding_equals_the_full_forward(attn, joint, data):
     """Absorbed or expanded, in any chunks, with a cache of exactly the text's length or longer.
 
@@ -260,7 +264,7 @@ def test_the_fast_path_is_the_default_and_expands_nothing(attn, joint):
         assert len(expanded) == times
 
 
-@over(VARIANTS, examples=6)
+@over(VARIANTS, 6)
 def test_two_caches_of_one_model_never_touch_each_other(attn, joint, data):
     """Two texts decoded by turns, in any order, each get the logits of their own full forward."""
     config, seed = data.draw(configs(attn, joint)), data.draw(seeds)
@@ -276,7 +280,7 @@ def test_two_caches_of_one_model_never_touch_each_other(attn, joint, data):
             close(logits, expected[which][:, start + length - 1 : start + length])
 
 
-@over(VARIANTS, examples=6)
+@over(VARIANTS, 6)
 def test_a_reset_cache_is_as_good_as_new(attn, joint, data):
     """After reset, nothing of an earlier and longer text remains."""
     config, seed = data.draw(configs(attn, joint)), data.draw(seeds)
@@ -291,7 +295,7 @@ def test_a_reset_cache_is_as_good_as_new(attn, joint, data):
         close(feed(model, cache, idx.split(chunks, 1)), new, 1e-12)
 
 
-@over(VARIANTS, examples=6)
+@over(VARIANTS, 6)
 def test_greedy_generation_equals_repeated_full_forward(attn, joint, data):
     """temperature=0 appends the most likely next token of the full forward pass; so does top_k=1."""
     config, seed = data.draw(configs(attn, joint)), data.draw(seeds)
@@ -312,7 +316,7 @@ def sampler(seed=0, **changes):
 
 
 @given(seeds)
-@settings(max_examples=10, deadline=None)
+@examples(10)
 def test_the_same_generator_seed_gives_the_same_sample(seed):
     """Sampling takes its chance from the generator alone: another seed, another sample."""
     model = sampler(seed)
@@ -342,7 +346,7 @@ def test_samples_follow_the_tempered_and_truncated_softmax(temperature, top_k):
 
 
 @given(seeds, st.integers(1, 3))
-@settings(max_examples=20, deadline=None)
+@examples(20)
 def test_stop_ends_as_soon_as_every_row_has_sampled_it(seed, batch):
     """The result with `stop` is the shortest beginning of the one without that has it in each row's new part."""
     model = sampler(seed, vocab_size=4)
@@ -379,7 +383,7 @@ def same_backbone(data, simpler, **changes):
 
 
 @given(st.data())
-@settings(max_examples=15, deadline=None)
+@examples(15)
 def test_gqa_of_rank_one_is_mha_rope(data):
     """As many key heads as query heads: the parameters have the same names and shapes, and mean the same."""
     mha, gqa, idx = same_backbone(data, "mha_rope", attn="gqa", rank=1.0)
@@ -389,7 +393,7 @@ def test_gqa_of_rank_one_is_mha_rope(data):
 
 @pytest.mark.parametrize(("mha", "mla"), [("mha", "mla"), ("mha_rope", "mla_rope")])
 @given(data=st.data())
-@settings(max_examples=15, deadline=None)
+@examples(15)
 def test_mla_of_rank_one_with_identity_down_projections_is_mha(mha, mla, data):
     """A latent as wide as x that copies x compresses nothing."""
     full_rank, latent, idx = same_backbone(data, mha, attn=mla, rank=1.0)
@@ -401,7 +405,7 @@ def test_mla_of_rank_one_with_identity_down_projections_is_mha(mha, mla, data):
 
 
 @given(st.data())
-@settings(max_examples=15, deadline=None)
+@examples(15)
 def test_a_latent_of_every_head_its_own_is_a_thinner_head(data):
     """If head i's keys and values read only its own r/H latents (W_UK and W_UV block-diagonal), the model is an MHA
     with heads r/H wide: W_UK folds into W_Q, and W_UV into W_O. The scale stays 1/sqrt(h), so the thin heads stand here
@@ -430,7 +434,7 @@ def test_a_latent_of_every_head_its_own_is_a_thinner_head(data):
 
 
 @given(st.data())
-@settings(max_examples=10, deadline=None)
+@examples(10)
 def test_joint_is_two_latents_with_the_same_down_projection(data):
     """--joint merges the latents; with W_DV = W_DK two of them hold the same numbers."""
     attn = data.draw(st.sampled_from(JOINS))
@@ -454,7 +458,7 @@ def test_mqa_has_one_key_head():
 # The cache's size
 
 
-@over(VARIANTS, examples=12)
+@over(VARIANTS, 12)
 def test_the_cache_takes_the_bytes_that_the_table_says(attn, joint, data):
     """nbytes = batch * max_len * kv_bytes_per_token(dtype) = the formula, for any rank, precision and length."""
     config = data.draw(configs(attn, joint))
@@ -499,7 +503,7 @@ def test_half_rank_halves_the_cache():
 # The factors of W_Q W_K^T
 
 
-@over(VARIANTS, examples=8)
+@over(VARIANTS, 8)
 def test_qk_chains_multiply_to_the_attention_matrix(attn, joint, data):
     """The factors have the shapes of the path x -> q.k -> x, and multiply to the head's W_Q W_K^T (d, d)."""
     config, seed = data.draw(configs(attn, joint)), data.draw(seeds)
@@ -522,12 +526,11 @@ def test_qk_chains_multiply_to_the_attention_matrix(attn, joint, data):
         assert ("rotary" in chains) == (attn == "mla_decoupled")
         if attn == "mla_decoupled":
             assert [tuple(factor.shape) for factor in chains["rotary"]] == [(d, R), (R, d)]
-            close(
-                torch.linalg.multi_dot(chains["rotary"]), w["w_qr"][:, head * R : (head + 1) * R] @ w["w_kr"].T, 1e-12
-            )
+            w_qr = w["w_qr"][:, head * R : (head + 1) * R]
+            close(torch.linalg.multi_dot(chains["rotary"]), w_qr @ w["w_kr"].T, 1e-12)
 
 
-@over(VARIANTS, examples=8)
+@over(VARIANTS, 8)
 def test_qk_chains_are_what_attention_scores_with(attn, joint, data):
     """Where no position turns anything, a head's scores are x M x^T / sqrt(h), M the product of its chain."""
     config, seed = data.draw(configs(attn, joint)), data.draw(seeds)
@@ -676,7 +679,7 @@ def test_every_matrix_or_product_starts_with_the_deviation_of_gpt2(attn, joint, 
     assert all((gain == 1).all() for gain in model.parameters() if gain.dim() == 1)
 
 
-@over(VARIANTS, examples=5)
+@over(VARIANTS, 5)
 def test_gradients_reach_every_parameter(attn, joint, data):
     """None is zero, and together they are the slope of the loss in a random direction (central difference)."""
     config, seed = data.draw(configs(attn, joint, vocab_size=20)), data.draw(seeds)
@@ -695,7 +698,7 @@ def test_gradients_reach_every_parameter(attn, joint, data):
     close((losses[0] - losses[1]) / (2 * step), slope, 1e-7)
 
 
-@over(VARIANTS, examples=3)
+@over(VARIANTS, 3)
 def test_lower_precisions_run_and_only_round(attn, joint, data):
     """In float32 and bfloat16: loss, gradients and samples, and a cache of another precision than the weights."""
     config, seed = data.draw(configs(attn, joint, vocab_size=20)), data.draw(seeds)
