@@ -119,10 +119,10 @@ def rotary(positions, dim, base):
 
 
 def rotate(x, rope):
-    """RoPE: turn each pair (x_i, x_{i + w/2}) of x (..., T, w) by the angles of its position, the last T rows of rope.
+    """RoPE: turn each pair (x_i, x_{i + w/2}) of x (..., T, w) by the angles of its position; rope is rotary()'s.
 
     The product q.k of two rotated vectors depends on their positions only through the difference."""
-    cos, sin = (table[-x.size(-2) :].to(torch.promote_types(x.dtype, torch.float32)) for table in rope)
+    cos, sin = (table.to(torch.promote_types(x.dtype, torch.float32)) for table in rope)
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
 
@@ -132,14 +132,15 @@ def attend(q, k, v, scale, dropout=0.0):
 
     Heads that share keys (G < H) are folded into the query axis, so that each key is read once for all of them."""
     (B, H, T, w), (G, S) = q.shape, k.shape[1:3]
-    fold = H // G
-    q = q.reshape(B, G, fold * T, w)
-    causal = T == S and fold == 1  # what fused kernels know by themselves
+    if T == S:  # training, or a whole prompt: fused kernels know this mask by themselves
+        return F.scaled_dot_product_attention(
+            q, k, v, dropout_p=dropout, is_causal=T > 1, scale=scale, enable_gqa=G < H
+        )
     mask = None
-    if T > 1 and not causal:  # query t of the T new ones is token S - T + t, and sees up to itself
-        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T).repeat(fold, 1)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale)
-    return y.reshape(B, H, T, w)
+    if T > 1:  # query t of the T new ones is token S - T + t, and sees up to itself
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T).repeat(H // G, 1)
+    q = q.reshape(B, G, H // G * T, w)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).reshape(B, H, T, w)
 
 
 class Attention(nn.Module):
@@ -177,7 +178,9 @@ class Attention(nn.Module):
         return x.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
 
     def keep(self, x, rope):
-        """What tokens x (B, T, d) leave behind: a list of (B, kv_heads, T, width), the values' part first."""
+        """What tokens x (B, T, d) leave behind: a list of (B, kv_heads, T, width), side by side a row of the cache.
+
+        MHA and GQA: v | k. MLA: c_v | c_k, or one c if joint; mla_decoupled: and k^R behind."""
         attn = self.config.attn
         if attn == "mha":
             return [self.heads(self.w_v(x)), self.heads(self.w_k(x))]
@@ -208,13 +211,13 @@ class Attention(nn.Module):
         if not attn.startswith("mla"):
             v, k = kept
             return k, v
-        c_v, c_k = kept[0], kept[0 if self.config.joint else 1]
+        c_v, c_k = (kept[0], kept[0]) if self.config.joint else kept[:2]
         k, v = self.heads(self.w_uk(c_k.squeeze(1))), self.heads(self.w_uv(c_v.squeeze(1)))
         if attn == "mla_rope":
             k = rotate(k, rope)
         if attn == "mla_decoupled":
             k = torch.cat((k, kept[-1].expand(-1, k.size(1), -1, -1)), dim=-1)  # one rotary key serves every head
-            v = F.pad(v, (0, self.config.rope_dim))  # fused attention wants values as wide as keys
+            v = F.pad(v, (0, self.config.rope_dim))  # fused attention wants values as wide as keys; forward cuts it off
         return k, v
 
     def absorbed(self, q, rows, scale):
@@ -233,11 +236,12 @@ class Attention(nn.Module):
     def forward(self, x, rope, cache=None):
         """x (B, T, d) -> (B, T, d). rope: rotary() of all S positions, the last T of them x's own, or None."""
         h, T = self.config.head_dim, x.size(1)
-        q, kept = self.queries(x, rope), self.keep(x, rope)
+        rope_of_x = rope and [table[-T:] for table in rope]
+        q, kept = self.queries(x, rope_of_x), self.keep(x, rope_of_x)
         scale = q.size(-1) ** -0.5  # 1/sqrt(h), or 1/sqrt(h + R): absorbing does not change the scores
         if cache is not None:
             kept, rows = cache.append(self.layer, kept)
-        # Absorbing saves expanding S latents, and pays with queries r wide instead of h: worth it for up to h queries.
+        # Absorbing saves expanding S latents, pays with queries r wide instead of h: worth it up to about h queries.
         if cache is not None and cache.absorb and T <= h:
             y = self.absorbed(q, rows, scale)
         else:
@@ -345,6 +349,8 @@ class GPT(nn.Module):
         Raises ValueError if the tokens overrun the context or the cache."""
         if targets is not None and cache is not None:
             raise ValueError("give targets or a cache, not both: a cache is for decoding")
+        if cache and cache.rows.size(1) != idx.size(0):
+            raise ValueError(f"{idx.size(0)} sequences do not fit a cache for {cache.rows.size(1)}")
         T, start = idx.size(1), cache.pos if cache else 0
         limit, place = (cache.max_len, "a cache") if cache else (self.config.block_size, "a context")
         if start + T > limit:
@@ -394,8 +400,10 @@ class GPT(nn.Module):
         on the model's device. Raises ValueError if idx is empty or the result would not fit into block_size."""
         if idx.size(1) == 0:
             raise ValueError("the prompt has no tokens: give at least one")
-        if temperature < 0 or (top_k is not None and top_k < 1):
-            raise ValueError(f"temperature={temperature}, top_k={top_k}: must be at least 0 and 1")
+        if not 0 <= temperature < math.inf:
+            raise ValueError(f"temperature={temperature}: must be a number from 0")
+        if top_k is not None and top_k < 1 or max_new_tokens < 0:
+            raise ValueError(f"top_k={top_k}, max_new_tokens={max_new_tokens}: must be at least 1 and 0")
         length = idx.size(1) + max_new_tokens
         if length > self.config.block_size:
             raise ValueError(
@@ -408,7 +416,7 @@ class GPT(nn.Module):
         stopped = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
         for _ in range(max_new_tokens):
             logits = self(new, cache=cache)[0][:, -1].float()
-            if temperature == 0:
+            if temperature < 1e-5:  # the limit, without dividing by next to nothing
                 new = logits.argmax(-1, keepdim=True)
             else:
                 if top_k is not None:
@@ -449,7 +457,7 @@ FORMAT = "nanoMLA checkpoint 1"
 def check_device(device):
     """Raise ValueError if there is no such device on this machine."""
     try:
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device={device}: not to be had here: {str(error).splitlines()[0]}") from error
 
@@ -497,7 +505,7 @@ def tell(model, tokenizer, prompt, tokens=None, temperature=0.8, top_k=None, see
 
 
 def main():
-    from data.prepare import Parser, load_tokenizer
+    from data.prepare import Parser, load_tokenizer  # here, because the model itself needs nothing but torch
 
     parser = Parser(description="Tell a story with a trained model.")
     parser.add_argument("checkpoint", help="a file that train.py wrote, such as out/ckpt.pt")
@@ -508,6 +516,8 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="another seed, another story (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: %(default)s)")
     args = parser.parse_args()
+    if not 0 <= args.seed < 2**63:
+        raise ValueError(f"--seed={args.seed}: must be from 0 to 2^63 - 1")
     check_device(args.device)
     model, checkpoint = load_checkpoint(args.checkpoint, args.device)
     tokenizer = load_tokenizer(checkpoint["meta"]["tokenizer"])

@@ -5,6 +5,7 @@ Runs on a CPU, on one GPU, or under torchrun on several. Into --out go ckpt.pt (
 the clock or on how often the run was stopped, so that a resumed run is the same run.
 """
 
+import itertools
 import json
 import math
 import os
@@ -76,7 +77,7 @@ class Options:
         for name in ("steps", "batch_size", "grad_accum", "eval_interval", "eval_steps", "lr", "grad_clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"--{name}={getattr(self, name)}: must be above 0")
-        for name, most in (("warmup", 1), ("weight_decay", math.inf), ("seed", 2**63)):
+        for name, most in (("warmup", 1), ("weight_decay", math.inf), ("seed", 2**32)):
             if not 0 <= getattr(self, name) < most:
                 raise ValueError(f"--{name}={getattr(self, name)}: must be at least 0 and below {most}")
 
@@ -153,6 +154,8 @@ def join_processes(options):
     if world > 1 and device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     check_device(device)
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
     if world > 1:
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     return int(os.environ.get("RANK", 0)), world, device
@@ -203,11 +206,14 @@ def learning_rate(step, options):
 def write(path, checkpoint):
     """Write a file so that at any moment, under its name, there is either the old one or the new one, whole."""
     temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def peak_flops(device):
@@ -228,18 +234,20 @@ def cell(value, width, style=""):
 
 
 def prepare_folder(out, resumed_at):
-    """Make the folder of a new run, and move an older run's files into out/previous/. Shorten the log of a resumed run:
-    if it was killed, it may have logged more than it saved."""
+    """Make the folder of a new run, and move an older run's files into out/previous-1, -2, ... Shorten the log of a
+    resumed run: if it was killed, it may have logged more than it saved, the last line only in part."""
     out.mkdir(parents=True, exist_ok=True)
-    log = out / "log.jsonl"
-    if resumed_at is not None:
-        lines = log.read_text().splitlines(True) if log.exists() else []
-        log.write_text("".join(line for line in lines if json.loads(line)["step"] <= resumed_at))
-    elif (out / "last.pt").exists():
-        (out / "previous").mkdir(exist_ok=True)
-        for name in ("ckpt.pt", "last.pt", "log.jsonl"):
-            if (out / name).exists():
-                os.replace(out / name, out / "previous" / name)
+    files = [out / name for name in ("ckpt.pt", "last.pt", "log.jsonl") if (out / name).exists()]
+    if resumed_at is None and files:
+        previous = next(path for i in itertools.count(1) if not (path := out / f"previous-{i}").exists())
+        previous.mkdir()
+        for file in files:
+            os.replace(file, previous / file.name)
+    elif out / "log.jsonl" in files:
+        lines = (out / "log.jsonl").read_text().splitlines(keepends=True)
+        kept = (line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= resumed_at)
+        (out / "log.tmp").write_text("".join(kept))
+        os.replace(out / "log.tmp", out / "log.jsonl")
 
 
 class Run:
@@ -256,6 +264,8 @@ class Run:
             raise ValueError(f"--resume: --data={options.data} is not what the run was trained on")
         self.config = GPTConfig(**shape | {"vocab_size": self.meta["vocab_size"]})
         block_size, end = self.config.block_size, self.tokenizer.eot_token
+        if block_size < 16:
+            raise ValueError(f"--block_size={block_size}: must be at least 16, to hold the beginning of a story")
         if len(self.train_tokens) <= block_size:
             raise ValueError(
                 f"--block_size={block_size}: there are only {len(self.train_tokens) - 1} tokens to train on"
@@ -284,11 +294,13 @@ class Run:
         if options.dtype == "bfloat16":
             self.autocast = torch.autocast(torch.device(self.device).type, torch.bfloat16)
         self.out = Path(options.out)
+        if self.out.exists() and not self.out.is_dir():
+            raise ValueError(f"--out={options.out}: is a file; name a folder")
 
     def step(self, step):
         """Forward, backward and update on the batches of this step. FloatingPointError if they are not finite."""
         options = self.options
-        torch.manual_seed(options.seed + step)  # dropout
+        torch.manual_seed(options.seed + step * self.world + self.rank)  # dropout
         chance = np.random.default_rng((options.seed, step))
         rows = chance.integers(len(self.starts), size=(options.grad_accum, options.batch_size))
         total = 0.0
@@ -381,8 +393,8 @@ class Run:
         Returns the exit status: None if done, 130 if stopped."""
         options, leader = self.options, self.rank == 0
         stop = []
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda number, frame: stop.append(number))
+        signals = (signal.SIGINT, signal.SIGTERM)
+        handlers = [signal.signal(number, lambda number, frame: stop.append(number)) for number in signals]
         if leader:
             prepare_folder(self.out, self.first if self.resumed else None)
             size = f"{sum(p.numel() for p in self.model.parameters()):,} parameters"
@@ -401,6 +413,8 @@ class Run:
             self.seconds += time.perf_counter() - begun
             bar.update()
         bar.close()
+        for number, handler in zip(signals, handlers, strict=True):
+            signal.signal(number, handler)
         if step < options.steps:
             if leader:
                 self.save(step)
@@ -430,8 +444,9 @@ class Run:
         print(f"\nval loss {loss:.4f} nats per token on all {self.meta['val_stories']:,} validation stories")
         if floor:
             print(f"excess   {loss - floor:.4f} over the {floor:.4f} that the stories hold; a perfect model has 0")
-        cut = f"{1 - cached / of_mha:.0%} less than" if cached < of_mha else "as"
-        print(f"KV cache {cached:,} bytes per token in bfloat16, {cut} the {of_mha:,} of mha")
+        change = cached / of_mha - 1
+        compared = f"{abs(change):.0%} {'less' if change < 0 else 'more'} than" if change else "as many as"
+        print(f"KV cache {cached:,} bytes per token in bfloat16, {compared} the {of_mha:,} of mha")
         print(f"\n{tell(model.eval(), self.tokenizer, 'Once upon a time')}\n")
         other = "mla_decoupled" if config.attn != "mla_decoupled" else "mha_rope"
         print(f'next: python model.py {path} --prompt="One sunny day" --seed=1')

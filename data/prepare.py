@@ -6,11 +6,13 @@ Both .bin files are one stream of uint16 tokens: <|endoftext|>, a story, <|endof
 import argparse
 import base64
 import hashlib
+import http.client
 import itertools
 import json
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import urllib.request
@@ -40,16 +42,22 @@ class Parser(argparse.ArgumentParser):
 
 def run(main):
     """Run a script's main(). Bad input ends in one line on stderr and exit status 2, a failure in status 1."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is half-done is cleared away
     try:
-        main()
+        return main()
     except ValueError as error:
         status, message = 2, str(error)
+    except BrokenPipeError:  # of `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return
     except (OSError, FloatingPointError) as error:
         status, message = 1, str(error)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        status, message = 1, f"not enough memory; choose a smaller size, batch or context ({str(error)[:150]})"
     except KeyboardInterrupt:
         status, message = 130, "interrupted"
-    else:
-        return
     print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(status)
 
@@ -102,8 +110,12 @@ def download_tinystories(count):
                     stories.append("".join(lines[:-1]).strip())
                     lines = []
                     bar.update()
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         raise OSError(f"no TinyStories: cannot read {TINYSTORIES}: {error}") from error
+    if len(stories) < count:
+        raise OSError(
+            f"only {len(stories)} of {count} stories came from {TINYSTORIES}; try again, or with fewer --stories"
+        )
     return stories
 
 
@@ -132,6 +144,8 @@ def prepare(source="stories", stories=None, tokenizer=None, seed=0, root=DATA):
     name = Path(source).stem if is_file else source
     if is_file and name in ("stories", "tinystories"):
         raise ValueError(f"{source}: that name is taken by data/{name}; rename the file")
+    if name.startswith(".") or not name:
+        raise ValueError(f"{source}: no name for a data folder; rename the file")
     if stories is not None and stories < 2:
         raise ValueError(f"--stories={stories}: must be at least 2, one to train on and one to validate")
     stories = stories or (None if is_file else 100_000)
@@ -149,8 +163,13 @@ def prepare(source="stories", stories=None, tokenizer=None, seed=0, root=DATA):
         meta["sha256"] = hashlib.sha256(text.encode()).hexdigest()
 
     folder = Path(root) / name
-    if (folder / "meta.json").exists():
-        old = json.loads((folder / "meta.json").read_text())
+    if folder.exists():
+        if extra := {path.name for path in folder.iterdir()} - {"train.bin", "val.bin", "meta.json"}:
+            raise ValueError(f"{folder}: holds {min(extra)}, which is no data; it would be lost: move it elsewhere")
+        try:
+            old = load_data(folder)[0]
+        except ValueError:
+            old = {}  # damaged: make it again
         if all(old.get(key) == value for key, value in meta.items()):
             print(f"{folder} is ready")
             return folder
@@ -195,18 +214,12 @@ def load_data(folder):
     try:
         meta = json.loads((folder / "meta.json").read_text())
         splits = [np.memmap(folder / f"{split}.bin", dtype=np.uint16, mode="r") for split in ("train", "val")]
-        whole = all(
-            len(tokens) == meta[f"{split}_tokens"] + 1 for tokens, split in zip(splits, ("train", "val"), strict=True)
-        )
-        whole = whole and all(int(tokens.max()) < meta["vocab_size"] for tokens in splits)
+        lengths = [meta[f"{split}_tokens"] + 1 for split in ("train", "val")]
+        whole = [len(tokens) for tokens in splits] == lengths and max(map(np.max, splits)) < meta["vocab_size"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{folder}: not a data folder, or damaged ({error}); make it: python data/prepare.py"
-        ) from error
+        raise ValueError(f"{folder}: no data folder, or damaged ({error}); make it with data/prepare.py") from error
     if not whole:
-        raise ValueError(
-            f"{folder}: its .bin files and meta.json do not fit together; delete the folder and prepare it again"
-        )
+        raise ValueError(f"{folder}: .bin files and meta.json do not fit together; make it again with data/prepare.py")
     return meta, *splits
 
 

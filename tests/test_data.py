@@ -205,6 +205,40 @@ def test_tinystories_is_read_no_further_than_needed(tmp_path, monkeypatch):
     assert meta["val_stories"] == 1
 
 
+@pytest.mark.parametrize("text", ["One.\n<|endoftext|>\nTwo.", ""])
+def test_a_download_that_breaks_off_leaves_nothing_behind(tmp_path, monkeypatch, text):
+    (tmp_path / "remote.txt").write_text(text)
+    monkeypatch.setattr(prep, "TINYSTORIES", (tmp_path / "remote.txt").as_uri())
+    with pytest.raises(OSError, match="of 2 stories"):
+        prepare("tinystories", stories=2, tokenizer="stories", root=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["remote.txt"]
+
+
+@pytest.mark.parametrize("name", ["..txt", "...txt", "stories.txt"])
+def test_names_that_would_reach_other_folders_are_refused(tmp_path, name):
+    (tmp_path / name).write_text("One.\n\nTwo.")
+    with pytest.raises(ValueError, match="rename"):
+        prepare(str(tmp_path / name), tokenizer="stories", root=tmp_path)
+
+
+def test_a_folder_with_other_files_is_never_replaced(tmp_path):
+    (tmp_path / "mine").mkdir()
+    source = tmp_path / "mine" / "mine.txt"
+    source.write_text("One.\n\nTwo.")
+    with pytest.raises(ValueError, match="mine.txt"):
+        prepare(str(source), tokenizer="stories", root=tmp_path)
+    assert source.exists()
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", None])
+def test_a_damaged_folder_is_made_again(tmp_path, damage):
+    folder = prepare(stories=20, root=tmp_path)
+    whole = (folder / "train.bin").read_bytes()
+    (folder / "meta.json").write_text(damage) if damage else (folder / "train.bin").unlink()
+    assert (prepare(stories=20, root=tmp_path) / "train.bin").read_bytes() == whole
+    load_data(folder)
+
+
 def test_without_a_network_tinystories_leaves_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.setattr(prep, "TINYSTORIES", "http://127.0.0.1:9/nothing.txt")
     with pytest.raises(OSError):

@@ -32,12 +32,7 @@ def start(stories, tmp_path, monkeypatch):
     """Start a run of a small model on a few stories in tmp_path/out; returns that folder."""
 
     def start(*flags):
-        handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-        try:
-            train.Run(train.parse_arguments([f"--data={stories}", f"--out={tmp_path / 'out'}", *flags])).train()
-        finally:
-            for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers, strict=True):
-                signal.signal(number, handler)
+        train.Run(train.parse_arguments([f"--data={stories}", f"--out={tmp_path / 'out'}", *flags])).train()
         return tmp_path / "out"
 
     return start
@@ -134,12 +129,10 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(stories, tmp_path_fact
                     os.kill(os.getpid(), signal.SIGINT)
 
             run.step = step_and_stop
-        handler = signal.getsignal(signal.SIGINT)
         run.train()
         if name == "stopped" and stop_at < steps - 1:
             assert torch.load(out / "last.pt", weights_only=True)["step"] == stop_at + 1
             train.Run(train.parse_arguments([f"--out={out}", "--resume"])).train()
-        signal.signal(signal.SIGINT, handler)
         ends[name] = torch.load(out / "last.pt", weights_only=True), log_of(out)
     (whole, whole_log), (stopped, stopped_log) = ends["whole"], ends["stopped"]
     assert whole_log == stopped_log
@@ -154,7 +147,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_best_model(start,
     best = (out / "ckpt.pt").read_bytes()
     with pytest.raises(FloatingPointError, match="step .*--lr"):
         start(*SMALL, "--steps=40", "--eval_interval=100", "--lr=1e20", "--warmup=0", "--grad_clip=1e30")
-    assert (out / "previous" / "ckpt.pt").read_bytes() == best  # of the run before
+    assert (out / "previous-1" / "ckpt.pt").read_bytes() == best  # of the run before
     assert all(weight.isfinite().all() for weight in load_checkpoint(out / "ckpt.pt")[1]["model"].values())
 
 
@@ -169,7 +162,16 @@ def test_a_crash_while_saving_leaves_the_old_checkpoint(start, monkeypatch):
     monkeypatch.setattr(torch, "save", full_disk)
     with pytest.raises(OSError):
         train.write(out / "last.pt", {})
-    assert (out / "last.pt").read_bytes() == before
+    assert (out / "last.pt").read_bytes() == before and not list(out.glob("*.tmp"))
+
+
+def test_a_half_written_line_of_the_log_does_not_hinder_resuming(start):
+    out = start(*SMALL, "--steps=2", "--eval_interval=1")
+    log = log_of(out)
+    with open(out / "log.jsonl", "a") as file:
+        file.write('{"step": 3, "lo')
+    start("--resume")
+    assert log_of(out) == log
 
 
 def refused(main, arguments, capsys, monkeypatch):
@@ -204,6 +206,9 @@ def refused(main, arguments, capsys, monkeypatch):
         ("--device=cuda:77", "cuda:77"),
         ("--data=/nowhere", "/nowhere"),
         ("--block_size=10000000", "block_size"),
+        ("--block_size=4", "block_size"),
+        ("--seed=10000000000000000000000000", "seed"),
+        ("--device=meta", "meta"),
         ("--resume", "last.pt"),
     ],
 )
@@ -239,7 +244,10 @@ def test_resuming_on_other_data_is_refused(start, stories, tmp_path, capsys, mon
         (["CKPT", "--prompt="], "prompt"),
         (["CKPT", "--prompt=" + "word " * 80], "prompt"),
         (["CKPT", "--temperature=-1"], "temperature"),
+        (["CKPT", "--temperature=nan"], "temperature"),
         (["CKPT", "--top_k=0"], "top_k"),
+        (["CKPT", "--tokens=-1"], "tokens"),
+        (["CKPT", "--seed=-1"], "seed"),
         (["CKPT", "--tokens=many"], "tokens"),
         (["CKPT", "--device=warp"], "warp"),
         ([], "checkpoint"),
