@@ -23,7 +23,7 @@ from model import ATTN, FORMAT, GPT, GPTConfig, load_checkpoint, rotary
 ABSORBS = ("mla", "mla_prerope", "mla_decoupled")
 JOINS = ("mla", "mla_rope", "mla_decoupled")
 VARIANTS = [(attn, False) for attn in ATTN] + [(attn, True) for attn in JOINS]
-CONTEXT = 200  # more than any drawn text
+CONTEXT = 256  # more than any drawn text
 
 seeds = st.integers(0, 2**32 - 1)
 
