@@ -352,6 +352,8 @@ class GPT(nn.Module):
         if cache and cache.rows.size(1) != idx.size(0):
             raise ValueError(f"{idx.size(0)} sequences do not fit a cache for {cache.rows.size(1)}")
         T, start = idx.size(1), cache.pos if cache else 0
+        if T == 0:
+            raise ValueError("no tokens: idx must hold at least one")
         limit, place = (cache.max_len, "a cache") if cache else (self.config.block_size, "a context")
         if start + T > limit:
             raise ValueError(f"{start + T} tokens do not fit into {place} of {limit}")
@@ -459,7 +461,7 @@ def check_device(device):
     try:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device={device}: not to be had here: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"--device={device}: not available: {str(error).splitlines()[0]}") from error
 
 
 def load_checkpoint(path, device="cpu"):
@@ -469,6 +471,7 @@ def load_checkpoint(path, device="cpu"):
     format, or does not fit its own configuration."""
     if not os.path.isfile(path):
         raise ValueError(f"{path}: no such file; python train.py writes checkpoints to out/ckpt.pt")
+    check_device(device)
     try:
         with warnings.catch_warnings(action="ignore"):  # of PyTorch, about files that are no checkpoints
             checkpoint = torch.load(path, map_location=device, weights_only=True)
@@ -518,7 +521,6 @@ def main():
     args = parser.parse_args()
     if not 0 <= args.seed < 2**63:
         raise ValueError(f"--seed={args.seed}: must be from 0 to 2^63 - 1")
-    check_device(args.device)
     model, checkpoint = load_checkpoint(args.checkpoint, args.device)
     tokenizer = load_tokenizer(checkpoint["meta"]["tokenizer"])
     print(tell(model, tokenizer, args.prompt, args.tokens, args.temperature, args.top_k, args.seed))

@@ -10,7 +10,6 @@ import json
 import math
 import os
 import signal
-import subprocess
 import sys
 import time
 from argparse import SUPPRESS, BooleanOptionalAction
@@ -26,7 +25,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data.prepare import DATA, Parser, load_data, load_tokenizer, run
+from data.prepare import DATA, Parser, load_data, load_tokenizer, prepare, run
 from model import ATTN, FORMAT, GPT, GPTConfig, check_device, load_checkpoint, tell
 
 SIZES = {  # the shape of a model, and the training that suits it
@@ -56,7 +55,7 @@ class Options:
     lr: float = option(None, "learning rate at its peak (by size)")
     warmup: float = option(0.05, "share of the steps until the peak; then a cosine down to a tenth of it")
     weight_decay: float = option(0.1, "of AdamW, for matrices")
-    grad_clip: float = option(1.0, "longest gradient")
+    grad_clip: float = option(1.0, "maximum norm of the gradient")
     eval_interval: int = option(None, "steps between evaluations (a tenth of all)")
     eval_steps: int = option(8, "batches of an evaluation; the one at the end takes all validation data")
     seed: int = option(0, "of weights, batches and dropout")
@@ -165,8 +164,7 @@ def open_data(name, rank, world):
     """-> meta, train tokens, val tokens. The default data is made if it is not there."""
     folder = DATA / name if (DATA / name / "meta.json").exists() or name == "stories" else Path(name)
     if name == "stories" and rank == 0 and not folder.exists():
-        if status := subprocess.run([sys.executable, DATA / "prepare.py"]).returncode:
-            sys.exit(status)  # it has said why
+        prepare()
     if world > 1:
         dist.barrier()
     return load_data(folder)
@@ -256,6 +254,7 @@ class Run:
     def __init__(self, given):
         self.options, shape, last = resolve(given)
         options = self.options
+        GPTConfig(**shape)  # what is wrong with it shall be said before any data is made
         self.rank, self.world, self.device = join_processes(options)
         self.meta, self.train_tokens, self.val_tokens = open_data(options.data, self.rank, self.world)
         self.tokenizer = load_tokenizer(self.meta["tokenizer"])

@@ -211,13 +211,15 @@ def prepare(source="stories", stories=None, tokenizer=None, seed=0, root=DATA):
 def load_data(folder):
     """A folder that prepare() wrote -> meta (a dict), train and val (memory-mapped uint16). ValueError if damaged."""
     folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such data folder; data/prepare.py makes them, such as data/mine from mine.txt")
     try:
         meta = json.loads((folder / "meta.json").read_text())
         splits = [np.memmap(folder / f"{split}.bin", dtype=np.uint16, mode="r") for split in ("train", "val")]
         lengths = [meta[f"{split}_tokens"] + 1 for split in ("train", "val")]
         whole = [len(tokens) for tokens in splits] == lengths and max(map(np.max, splits)) < meta["vocab_size"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder}: no data folder, or damaged ({error}); make it with data/prepare.py") from error
+        raise ValueError(f"{folder}: not whole ({error}); make it with data/prepare.py") from error
     if not whole:
         raise ValueError(f"{folder}: .bin files and meta.json do not fit together; make it again with data/prepare.py")
     return meta, *splits
