@@ -171,7 +171,7 @@ def prepare(source="stories", stories=None, tokenizer=None, seed=0, root=DATA):
         except ValueError:
             old = {}  # damaged: make it again
         if all(old.get(key) == value for key, value in meta.items()):
-            print(f"{folder} is ready")
+            print(f"{os.path.relpath(folder)} is ready")
             return folder
     if source == "stories":
         documents = invent(stories, seed, encoding)
@@ -203,7 +203,7 @@ def prepare(source="stories", stories=None, tokenizer=None, seed=0, root=DATA):
         os.replace(scratch, folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    print(f"{folder}: {meta['train_tokens']:,} tokens to train on, {meta['val_tokens']:,} to validate on", end="")
+    print(f"{os.path.relpath(folder)}: {meta['train_tokens']:,} tokens to train on, {meta['val_tokens']:,} to validate on", end="")
     print(f", floor {meta['floor']:.4f} nats per token" if known else "")
     return folder
 
