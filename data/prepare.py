@@ -203,8 +203,8 @@ def prepare(source="stories", stories=None, tokenizer=None, seed=0, root=DATA):
         os.replace(scratch, folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    print(f"{os.path.relpath(folder)}: {meta['train_tokens']:,} tokens to train on, {meta['val_tokens']:,} to validate on", end="")
-    print(f", floor {meta['floor']:.4f} nats per token" if known else "")
+    sizes = f"{meta['train_tokens']:,} tokens to train on, {meta['val_tokens']:,} to validate on"
+    print(f"{os.path.relpath(folder)}: {sizes}" + (f", floor {meta['floor']:.4f} nats per token" if known else ""))
     return folder
 
 
