@@ -1,7 +1,7 @@
 """Train a GPT with any attention on stories.
 
 Runs on a CPU, on one GPU, or under torchrun on several. Into --out go ckpt.pt (the best so far by val loss), last.pt
-(for --resume) and log.jsonl. What a step does depends on the options, the weights and the number of the step, never on
+(for --resume), log.jsonl, and spectrum.jsonl (about twenty snapshots of the spectrum of W_Q W_K^T). What a step does depends on the options, the weights and the number of the step, never on
 the clock or on how often the run was stopped, so that a resumed run is the same run.
 """
 
@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from data.prepare import DATA, Parser, load_data, load_tokenizer, prepare, run
 from model import ATTN, FORMAT, GPT, GPTConfig, check_device, load_checkpoint, tell
+from spectrum import snapshot
 
 SIZES = {  # the shape of a model, and the training that suits it
     "tiny": dict(n_layer=4, n_head=4, n_embd=256, block_size=320, batch_size=8, steps=450, lr=3e-3),
@@ -235,17 +236,18 @@ def prepare_folder(out, resumed_at):
     """Make the folder of a new run, and move an older run's files into out/previous-1, -2, ... Shorten the log of a
     resumed run: if it was killed, it may have logged more than it saved, the last line only in part."""
     out.mkdir(parents=True, exist_ok=True)
-    files = [out / name for name in ("ckpt.pt", "last.pt", "log.jsonl") if (out / name).exists()]
+    files = [out / name for name in ("ckpt.pt", "last.pt", "log.jsonl", "spectrum.jsonl") if (out / name).exists()]
     if resumed_at is None and files:
         previous = next(path for i in itertools.count(1) if not (path := out / f"previous-{i}").exists())
         previous.mkdir()
         for file in files:
             os.replace(file, previous / file.name)
-    elif out / "log.jsonl" in files:
-        lines = (out / "log.jsonl").read_text().splitlines(keepends=True)
-        kept = (line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= resumed_at)
-        (out / "log.tmp").write_text("".join(kept))
-        os.replace(out / "log.tmp", out / "log.jsonl")
+    for log in files if resumed_at is not None else ():
+        if log.suffix == ".jsonl":
+            lines = log.read_text().splitlines(keepends=True)
+            kept = (line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= resumed_at)
+            log.with_suffix(".tmp").write_text("".join(kept))
+            os.replace(log.with_suffix(".tmp"), log)
 
 
 class Run:
@@ -399,12 +401,17 @@ class Run:
             size = f"{sum(p.numel() for p in self.model.parameters()):,} parameters"
             print(f"{self.config.attn}, {size}; {self.device}, {options.dtype}; {self.tokens_per_step:,} tokens a step")
             print(f"{'step':>6}{'loss':>8}{'val':>8}{'excess':>8}{'tokens/s':>10}{'MFU':>6}{'left':>9}")
+        # dense where training begins, for it is there that the spectrum changes most
+        snapshots = {round(options.steps * (i / 20) ** 2) for i in range(21)}
         silent = None if leader else True  # None: tqdm shows its bar on terminals only
         bar = tqdm(total=options.steps, initial=self.first, unit=" steps", leave=False, disable=silent)
         for step in range(self.first, options.steps + 1):
-            due = step % options.eval_interval == 0 or step == options.steps
-            if leader and due and not (self.resumed and step == self.first):  # a resumed run saved after its report
-                self.report(step, bar)
+            if leader and not (self.resumed and step == self.first):  # a resumed run was saved after these
+                if step in snapshots:
+                    with open(self.out / "spectrum.jsonl", "a") as file:
+                        file.write(snapshot(self.model, step) + "\n")
+                if step % options.eval_interval == 0 or step == options.steps:
+                    self.report(step, bar)
             if step == options.steps or self.agreed(stop):
                 break
             begun = time.perf_counter()

@@ -104,7 +104,7 @@ def test_every_variant_trains_and_its_checkpoint_tells_a_story(start, attn, caps
 @given(data=st.data())
 @settings(max_examples=4, deadline=None)
 def test_a_stopped_run_goes_on_as_if_nothing_had_happened(stories, tmp_path_factory, data):
-    """Stop by Ctrl-C at any step, resume: bit for bit the weights, the optimizer, the log of a run without a stop."""
+    """Stop by Ctrl-C at any step, resume: bit for bit the weights, optimizer, log and spectra of a run without a stop."""
     steps, interval = 7, data.draw(st.integers(1, 8))
     stop_at = data.draw(st.integers(0, steps - 1))
     accumulate = data.draw(st.integers(1, 2))
@@ -133,7 +133,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(stories, tmp_path_fact
         if name == "stopped" and stop_at < steps - 1:
             assert torch.load(out / "last.pt", weights_only=True)["step"] == stop_at + 1
             train.Run(train.parse_arguments([f"--out={out}", "--resume"])).train()
-        ends[name] = torch.load(out / "last.pt", weights_only=True), log_of(out)
+        ends[name] = torch.load(out / "last.pt", weights_only=True), (log_of(out), (out / "spectrum.jsonl").read_text())
     (whole, whole_log), (stopped, stopped_log) = ends["whole"], ends["stopped"]
     assert whole_log == stopped_log
     assert whole["step"] == stopped["step"] == steps and whole["best"] == stopped["best"]
@@ -168,10 +168,12 @@ def test_a_crash_while_saving_leaves_the_old_checkpoint(start, monkeypatch):
 def test_a_half_written_line_of_the_log_does_not_hinder_resuming(start):
     out = start(*SMALL, "--steps=2", "--eval_interval=1")
     log = log_of(out)
-    with open(out / "log.jsonl", "a") as file:
-        file.write('{"step": 3, "lo')
+    spectra = (out / "spectrum.jsonl").read_text()
+    for name in ("log.jsonl", "spectrum.jsonl"):
+        with open(out / name, "a") as file:
+            file.write('{"step": 3, "lo')
     start("--resume")
-    assert log_of(out) == log
+    assert log_of(out) == log and (out / "spectrum.jsonl").read_text() == spectra
 
 
 def refused(main, arguments, capsys, monkeypatch):

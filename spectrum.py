@@ -1,0 +1,573 @@
+"""What training does to W_Q W_K^T: its eigenvalues against those that a matrix without structure would have.
+
+Attention scores a pair of tokens by x M x'^T, with one M = W_Q W_K^T, (d, d), per head. Training writes structure into
+M, and it shows as eigenvalues of M M^T beyond the range that chance explains. That range needs a null law. M is a
+product of matrices, two for MHA and three or four for MLA, and the spectrum of a product of Gaussian matrices is known
+exactly at large size: the null "chain". The literature takes the Marchenko-Pastur law, that of ONE Gaussian matrix (the
+null "mp"), and so calls a tenth to a fifth of a head's eigenvalues outliers before any training.
+
+    python spectrum.py out/ckpt.pt         one model: a table, answers in words, spectrum.json, spectrum.png
+    python spectrum.py out/a out/b         the learning dynamics of runs, side by side, from their spectrum.jsonl
+
+Sources: Marchenko and Pastur 1967 (mp); Burda, Jarosz, Livan, Nowak, Swiech 2010, arXiv 1007.3594 (chain); Roy and
+Vetterli 2007 (effective rank); Martin and Mahoney 2021, arXiv 1810.01075 (soft and stable rank of weights); Jha and
+Reagen 2025, arXiv 2507.09394 (the diagnostics, on W_Q W_K^T).
+"""
+
+import json
+import math
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.optimize.elementwise import find_root
+from scipy.special import entr
+
+from model import GPTConfig, load_checkpoint
+
+NULLS = ("chain", "mp")
+CIRCUITS = ("content", "rotary", "both")  # which part of a head's key; only mla_decoupled has more than content
+SPIKED = 1  # a layer has spikes if its heads average this many outliers; below lies chance
+
+# Null laws ------------------------------------------------------------------------------------------------------------
+
+
+class ChainLaw:
+    """The law that chain_law gives: lower and upper edge, median; pdf(x), cdf(x), quantile(q) of numbers or arrays.
+
+    Let n be the smallest dimension, and c_i = n/N_i for all m + 1 of them. psi = sum_k (k-th moment) / lambda^k solves
+
+        lambda = prod_i (1 + c_i psi) / psi.
+
+    Which of the many roots is the law's? Write psi = rho e^(i angle). Lambda is real and positive where the angles of
+    the factors 1 + c_i psi add up to that of psi. Their sum grows with rho, so that each angle in (0, pi) has one such
+    rho. On this curve lambda falls from the upper edge, at angle 0, to the lower one, at pi, and the density is
+    Im psi / (pi lambda)."""
+
+    def __init__(self, dims):
+        self.c = min(dims) / np.sort(np.array(dims, dtype=float))
+        self.angles = np.pi / 2 - (np.pi / 2 - 1e-6) * np.cos(np.linspace(0, np.pi, 2001))  # dense at the edges
+        self.table = self.curve(self.angles)
+        # lambda is stationary at the edges: so near to them it is exact to 1e-12
+        upper, lower = self.value(self.table[[0, -1]])
+        self.upper, self.lower = float(upper), float(lower) if self.c[1] < 1 else 0.0
+        self.median = float(self.quantile(0.5))
+
+    def c_psi(self, psi):  # (m + 1, ...)
+        return np.multiply.outer(self.c, psi)
+
+    def value(self, psi):
+        """lambda"""
+        return (np.prod(1 + self.c_psi(psi), axis=0) / psi).real
+
+    def share(self, psi):
+        """The share of eigenvalues below lambda, by the antiderivative of psi dlog(lambda), which is
+        (m - sum_i 1/(1 + c_i psi)) dpsi. Its imaginary part is 0 at the upper edge, and -pi at the lower one."""
+        logs = np.tensordot(1 / self.c, np.log1p(self.c_psi(psi)), axes=1)
+        return 1 + ((len(self.c) - 1) * psi - logs).imag / np.pi
+
+    def curve(self, angle):
+        """psi at these angles in (0, pi)."""
+        part = angle / len(self.c)
+        low = np.log(np.sin(part) / np.sin(angle - part))  # log rho if all c_i were 1; if all were the least: high
+        high = low - np.log(self.c[-1])
+
+        def surplus(log_rho, angle):
+            return np.angle(1 + self.c_psi(np.exp(log_rho + 1j * angle))).sum(axis=0) - angle
+
+        return np.exp(find_root(surplus, (low - 1e-9, high + 1e-9), args=(angle,)).x + 1j * angle)
+
+    def find(self, function, goal):
+        """psi on the curve where value, or share, is what is asked for; its angle to 1e-5."""
+        return self.curve(np.interp(goal, function(self.table)[::-1], self.angles[::-1]))
+
+    def pdf(self, x):
+        return np.where((x > self.lower) & (x < self.upper), self.find(self.value, x).imag / (np.pi * np.asarray(x)), 0)
+
+    def cdf(self, x):
+        return np.select([x <= self.lower, x >= self.upper], [0, 1], self.share(self.find(self.value, x)))
+
+    def quantile(self, q):
+        return self.value(self.find(self.share, q))
+
+    def log_density(self):
+        """Points (x, density per unit of log x) along the whole law, to draw."""
+        return self.value(self.table), self.table.imag / np.pi
+
+
+class SampledLaw:
+    """The same for eigenvalues drawn from a null without a formula, scaled to mean 1."""
+
+    def __init__(self, eigenvalues):
+        self.x = np.sort(np.ravel(eigenvalues) / np.mean(eigenvalues))
+        self.lower, self.upper, self.median = float(self.x[0]), float(self.x[-1]), float(np.median(self.x))
+
+    def cdf(self, x):
+        return np.searchsorted(self.x, x, side="right") / len(self.x)
+
+    def quantile(self, q):
+        return np.quantile(self.x, q)
+
+    def log_density(self):
+        mass, bins = np.histogram(np.log(self.x), bins=40, density=True)
+        return np.exp((bins[1:] + bins[:-1]) / 2), mass
+
+    def pdf(self, x):
+        at, density = self.log_density()
+        return np.interp(x, at, density / at, left=0, right=0)
+
+
+def chain_law(dims):
+    """The law of the non-zero eigenvalues of M M^T, scaled to mean 1, for M a product of independent Gaussian matrices
+    of shapes N_0 x N_1, N_1 x N_2, ...; dims = (N_0, N_1, ...). Exact as the dimensions grow in proportion (Burda et
+    al. 2010). Two dimensions: Marchenko-Pastur. Raises ValueError unless dims are two or more whole numbers from 1."""
+    if len(dims) < 2 or not all(n >= 1 and n % 1 == 0 for n in dims):
+        raise ValueError(f"dims={dims}: must be two or more whole numbers from 1, the path of a product's shapes")
+    return ChainLaw(dims)
+
+
+def decoupled_law(d, width, r, rope_dim, rotary_scale=1.0):
+    """The law of content and rotary part together: queries (d, width + R), keys [W_DK^T W_UK | W_KR], as initialised.
+
+    Simulated: 8 draws from a fixed seed, at a multiple of the shape that has at least 256 eigenvalues."""
+    times = math.ceil(256 / min(d, width + rope_dim, r + rope_dim))
+    d, width, r, rope_dim = (times * size for size in (d, width, r, rope_dim))
+    generator = torch.Generator().manual_seed(0)
+
+    def gaussian(*shape):
+        return torch.randn(shape, generator=generator)
+
+    def draw():
+        content = [gaussian(d, width), gaussian(width, r) * r**-0.5, gaussian(r, d)]
+        return eigenvalues(both([content], [[rotary_scale * gaussian(d, rope_dim), gaussian(rope_dim, d)]])[0])
+
+    return SampledLaw([draw() for _ in range(8)])
+
+
+def paths(config):
+    """{circuit: {"heads": dims, "layer": dims}}: the shapes along a head's W_Q W_K^T, and along a layer's."""
+    d, h, R = config.n_embd, config.head_dim, config.rope_dim
+    heads = (config.kv_heads if config.attn == "gqa" else config.n_head) * h  # heads that share keys add up to one
+    behind = (d,)
+    if config.attn.startswith("mla"):
+        behind = (config.latent_dim, d, d) if config.attn == "mla_prerope" else (config.latent_dim, d)
+    found = {"content": {"heads": (d, h, *behind), "layer": (d, heads, *behind)}}
+    if R:
+        found["rotary"] = {"heads": (d, R, d), "layer": (d, R, d)}
+        r = config.latent_dim
+        found["both"] = {"heads": (d, h + R, r + R, d), "layer": (d, d + R, r + R, d)}
+    return found
+
+
+def laws(config, null):
+    """{circuit: {"heads": law, "layer": law}} of a GPTConfig's circuits; null is one of NULLS."""
+    d, h, r, R = config.n_embd, config.head_dim, config.rank and config.latent_dim, config.rope_dim
+    found = {}
+    for circuit, levels in paths(config).items():
+        if null == "mp":
+            found[circuit] = {level: chain_law((min(dims), d)) for level, dims in levels.items()}
+        elif circuit == "both":  # in a layer, one rotary key meets the sum of H queries
+            found[circuit] = {
+                "heads": decoupled_law(d, h, r, R),
+                "layer": decoupled_law(d, d, r, R, config.n_head**0.5),
+            }
+        else:
+            found[circuit] = {level: chain_law(dims) for level, dims in levels.items()}
+    return found
+
+
+# Eigenvalues and diagnostics ------------------------------------------------------------------------------------------
+
+
+def eigenvalues(factors):
+    """The non-zero eigenvalues of M M^T, M = W_1 W_2 ... W_m, largest first: (..., n) float64, n the least dimension.
+
+    factors: tensors (..., N_0, N_1), (..., N_1, N_2), ... M is cut where it is narrowest, M = L R, and the eigenvalues
+    are those of the n x n product (L^T L)(R R^T): nothing of the size of M is formed. NaN where a factor is not
+    finite."""
+    factors = [factor.detach().cpu().double() for factor in factors]
+    finite = sum(factor.sum((-2, -1)) for factor in factors).isfinite()
+    factors = [factor.nan_to_num(0, 0, 0) for factor in factors]
+    dims = [factors[0].size(-2), *(factor.size(-1) for factor in factors)]
+    cut = dims.index(min(dims))
+    left = right = None
+    for w in factors[:cut]:
+        left = w.mT @ w if left is None else w.mT @ left @ w
+    for w in reversed(factors[cut:]):
+        right = w @ w.mT if right is None else w @ right @ w.mT
+    if left is None or right is None:
+        product = right if left is None else left
+    else:  # as a symmetric matrix
+        values, vectors = torch.linalg.eigh(left)
+        root = vectors * values.clamp(min=0).sqrt().unsqueeze(-2)
+        product = root.mT @ right @ root
+    found = torch.linalg.eigvalsh(product).clamp(min=0).flip(-1)
+    return found.masked_fill(~finite.unsqueeze(-1), math.nan).numpy()
+
+
+def diagnose(eigenvalues, law):
+    """Eigenvalues (..., n), in any order, against a null law -> a dict of arrays (...).
+
+    The law is scaled so that its median is theirs: spikes, which training makes, do not move a median.
+    edge: l+, the law's upper edge, so scaled. mp_gap: l_1 / l+. outliers: how many lie above l+; outlier_share: of n.
+    outlier_energy: their part of the sum. soft_rank: min(1, l+ / l_1). stable_rank: sum / l_1. effective_rank:
+    exp(entropy of l / sum). The last two also as a share of n. NaN where the eigenvalues are NaN or all 0."""
+    n = eigenvalues.shape[-1]
+    total, largest = eigenvalues.sum(-1), eigenvalues.max(-1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        edge = np.median(eigenvalues, -1) / law.median * law.upper
+        outlying = eigenvalues > edge[..., None]
+        found = {
+            "edge": edge,
+            "mp_gap": largest / edge,
+            "outliers": np.where(np.isnan(total), np.nan, outlying.sum(-1)),
+            "outlier_energy": (eigenvalues * outlying).sum(-1) / total,
+            "soft_rank": np.minimum(1, edge / largest),
+            "stable_rank": total / largest,
+            "effective_rank": np.exp(entr(eigenvalues / total[..., None]).sum(-1)),
+        }
+    shares = {"outlier_share": "outliers", "stable_rank_share": "stable_rank", "effective_rank_share": "effective_rank"}
+    return found | {share: found[name] / n for share, name in shares.items()}
+
+
+def whole_layer(chains):
+    """The chains of a layer's heads -> the factors of the sum of their products. Heads that share keys (gqa; the rotary
+    part) add their queries, the others stand side by side."""
+    queries, keys = {}, {}
+    for query, key, *_ in chains:
+        shared = key.data_ptr()
+        queries[shared] = queries[shared] + query if shared in queries else query
+        keys[shared] = key
+    return [torch.cat([*queries.values()], dim=1), torch.cat([*keys.values()]), *chains[0][2:]]
+
+
+def both(content, rotary):
+    """The chains of mla_decoupled's heads, twice -> of their sums: queries side by side, keys below each other."""
+    latent = torch.cat((content[0][2], rotary[0][1]))  # (r + R, d), shared by the heads
+    identity = torch.eye(rotary[0][1].size(0))
+    return [
+        [torch.cat((q, q_r), dim=1), torch.block_diag(w_uk, identity.to(w_uk)), latent]
+        for (q, w_uk, _), (q_r, _) in zip(content, rotary, strict=True)
+    ]
+
+
+def stacked(layers):
+    """[[chain of each head] of each layer] -> factors (L, H, ., .), or (L, 1, ., .) where a layer's heads share one."""
+    factors = []
+    for layers_of_factor in zip(*(zip(*heads, strict=True) for heads in layers), strict=True):
+        shared = all(len({w.data_ptr() for w in heads}) == 1 for heads in layers_of_factor)
+        factors.append(torch.stack([torch.stack(heads[:1] if shared else heads) for heads in layers_of_factor]))
+    return factors
+
+
+def spectra(model):
+    """{circuit: {"heads": (L, H, n), "layer": (L, 1, n)}}: the eigenvalues of each head's W_Q W_K^T, and of each
+    layer's, its heads together. NaN where weights are not finite."""
+    L, H = model.config.n_layer, model.config.n_head
+    layers = [[model.qk_chains(layer, head) for head in range(H)] for layer in range(L)]
+    found = {circuit: [[head[circuit] for head in layer] for layer in layers] for circuit in layers[0][0]}
+    found = {
+        circuit: {"heads": heads, "layer": [[whole_layer(head)] for head in heads]} for circuit, heads in found.items()
+    }
+    if "rotary" in found:
+        found["both"] = {
+            level: [both(*pair) for pair in zip(found["content"][level], found["rotary"][level], strict=True)]
+            for level in ("heads", "layer")
+        }
+    return {
+        circuit: {level: eigenvalues(stacked(layers)) for level, layers in levels.items()}
+        for circuit, levels in found.items()
+    }
+
+
+# Runs -----------------------------------------------------------------------------------------------------------------
+
+
+def plain(values):
+    """Nested dicts of arrays -> of lists, for JSON: six significant digits, None for what is not finite."""
+    if isinstance(values, dict):
+        return {key: plain(value) for key, value in values.items()}
+    if np.ndim(values):
+        return [plain(value) for value in values]
+    return float(f"{values:.6g}") if math.isfinite(values) else None
+
+
+def snapshot(model, step):
+    """A line of spectrum.jsonl."""
+    return json.dumps({"step": step, "config": asdict(model.config), "spectra": plain(spectra(model))})
+
+
+def read_model(path):
+    """A checkpoint -> its GPTConfig, [step], and spectra() with a 1 in front. Says which layers are not finite."""
+    model, checkpoint = load_checkpoint(path)
+    found = spectra(model)
+    finite = np.isfinite(found["content"]["layer"]).all((1, 2))
+    if not finite.any():
+        raise ValueError(f"{path}: no layer's weights W_Q and W_K are finite: nothing to analyse")
+    for layer in np.flatnonzero(~finite):
+        print(f"{path}: layer {layer} has weights that are not finite; the others are analysed", file=sys.stderr)
+    spectra_of_step = {c: {level: values[None] for level, values in levels.items()} for c, levels in found.items()}
+    return model.config, [checkpoint.get("step", 0)], spectra_of_step
+
+
+def read_run(folder):
+    """The spectrum.jsonl of a run folder -> GPTConfig, steps (S of them), and spectra() with S in front. Says which
+    lines are not whole snapshots of the run. Raises ValueError if none is."""
+    path = folder / "spectrum.jsonl"
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; train.py writes one into its --out folder")
+    config, snapshots = None, {}
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
+        try:
+            entry = json.loads(line)
+            config = config or GPTConfig(**entry["config"])
+            rows = {"heads": (config.n_layer, config.n_head), "layer": (config.n_layer, 1)}
+            snapshots[int(entry["step"])] = {
+                (c, level): np.array(entry["spectra"][c][level], dtype=float).reshape(*rows[level], min(dims))
+                for c, levels in paths(config).items()
+                for level, dims in levels.items()
+            }
+        except (ValueError, TypeError, KeyError):
+            print(f"{path}: line {number} is not a whole snapshot; left out", file=sys.stderr)
+    if not snapshots:
+        raise ValueError(f"{path}: holds no whole snapshot; train again")
+    steps = sorted(snapshots)
+    found = {
+        c: {level: np.stack([snapshots[step][c, level] for step in steps]) for level in levels}
+        for c, levels in paths(config).items()
+    }
+    return config, steps, found
+
+
+# What a reader sees ---------------------------------------------------------------------------------------------------
+
+COLUMNS = {
+    "mp_gap": ("MP-gap", ".3g"),
+    "outliers": ("outliers", ".1f"),
+    "outlier_energy": ("energy", ".0%"),
+    "soft_rank": ("soft rank", ".2f"),
+    "stable_rank": ("stable rank", ".1f"),
+    "effective_rank": ("eff. rank", ".1f"),
+}
+DRAWN = {
+    "mp_gap": "MP-gap\nlargest / edge",
+    "outliers": "outliers\nper head",
+    "outlier_energy": "outlier energy\nshare of the sum",
+    "soft_rank": "MP soft rank\nedge / largest",
+    "stable_rank_share": "stable rank\nshare of n",
+    "effective_rank_share": "effective rank\nshare of n",
+}
+
+
+def table(found):
+    """A row per layer of diagnostics (L, H): mean ± standard deviation over heads."""
+    lines = ["layer" + "".join(f"{head:>12}" for head, _ in COLUMNS.values())]
+    for layer in range(len(found["edge"])):
+        line = f"{layer:5}"
+        for name, (_, style) in COLUMNS.items():
+            values = found[name][layer]
+            spread = f" ±{values.std():{style.replace('3', '2')}}" if len(values) > 1 else ""
+            line += f"{values.mean():{style}}{spread}".rjust(12)
+        lines.append(line if np.isfinite(found["edge"][layer]).all() else f"{layer:5}   weights are not finite")
+    return "\n".join(lines)
+
+
+def print_tables(levels, circuit, null, found):
+    """For each head, and for the heads of a layer together."""
+    for level, who in (("heads", "each head"), ("layer", "the heads of a layer together")):
+        dims = levels[level]
+        shape = " x ".join(map(str, dims)) if null == "chain" else f"ratio {min(dims)}/{dims[0]}"
+        print(f"\n{circuit}, {who}: {min(dims)} eigenvalues; null {null}: {shape}")
+        print(table({name: values[0] for name, values in found[level].items()}))
+
+
+def layer_list(chosen):
+    if not any(chosen):
+        return "no layer"
+    layers = ", ".join(map(str, np.flatnonzero(chosen)))
+    return f"layer {layers}" if sum(chosen) == 1 else f"layers {layers}"
+
+
+def findings(steps, found):
+    """What Jha and Reagen ask, answered from the diagnostics (S, L, H) of S snapshots: where there are spikes, since
+    when, whether they stay, and whether rank falls with them -> lines."""
+    from scipy.stats import spearmanr
+
+    outliers, energy, rank = (found[name].mean(-1) for name in ("outliers", "outlier_energy", "effective_rank_share"))
+    spiked = outliers >= SPIKED  # (S, L)
+    most = np.nan_to_num(outliers[-1]).argmax()
+    lines = [
+        f"where    {layer_list(spiked[-1])}; most in layer {most}: {outliers[-1, most]:.1f} per head, with "
+        f"{energy[-1, most]:.0%} of energy"
+    ]
+    if len(steps) > 1 and spiked.any():
+        first = np.where(spiked.any(0), spiked.argmax(0), len(steps))
+        since = [f"{layer_list(first == i)} from step {steps[i]}" for i in np.unique(first[first < len(steps)])]
+        lines.append("when     " + "; ".join(since))
+        later = spiked[np.arange(len(steps))[:, None] > first]
+        if len(later):
+            lines.append(f"persist  once in a layer, they are there in {later.mean():.0%} of the later snapshots")
+    if len(steps) > 1:
+        rank_at = (f"{np.nanmean(rank[i]):.0%} of full at step {steps[i]}" for i in (0, -1))
+        lines.append("rank     effective rank " + ", ".join(rank_at))
+    else:  # one model: heads tell what steps cannot
+        energy, rank = found["outlier_energy"], found["effective_rank_share"]
+        lines.append(f"rank     effective rank {np.nanmean(rank):.0%} of full")
+    known = np.isfinite(energy) & np.isfinite(rank)
+    if np.ptp(energy[known]) == 0 or np.ptp(rank[known]) == 0:
+        return lines
+    correlation = spearmanr(energy[known], rank[known]).statistic
+    verdict = "falls with" if correlation < -0.5 else "rises with" if correlation > 0.5 else "does not follow"
+    over = "steps" if len(steps) > 1 else "heads"
+    lines.append(f"         {verdict} outlier energy: rank correlation {correlation:.2f} over layers and {over}")
+    return lines
+
+
+def disagreement(steps, chain, mp):
+    """Where the null laws differ on diagnostics (S, L, H) -> lines."""
+    differ = np.mean((chain["outliers"].mean(-1) >= SPIKED) != (mp["outliers"].mean(-1) >= SPIKED))
+    return [
+        f"at step {steps[i]}, mp calls {np.nanmean(mp['outlier_share'][i]):.1%} of the eigenvalues outliers, chain "
+        f"{np.nanmean(chain['outlier_share'][i]):.1%}"
+        for i in sorted({0, len(steps) - 1})
+    ] + [f"in {differ:.0%} of all layers and snapshots only one of them sees spikes"]
+
+
+def draw_model(path, config, spectra, title):
+    """Histograms of spectra() of one model, and both null laws: a row per layer, a column per circuit."""
+    from matplotlib.figure import Figure
+
+    columns = [(circuit, "heads") for circuit in spectra] + [([*spectra][-1], "layer")]
+    figure = Figure(figsize=(0.6 + 3.4 * len(columns), 1.2 + 1.5 * config.n_layer), layout="constrained")
+    figure.suptitle(title)
+    axes = figure.subplots(config.n_layer, len(columns), squeeze=False, sharex="col")
+    both_laws = [laws(config, null) for null in NULLS]
+    for column, (circuit, level) in enumerate(columns):
+        chain, mp = (found[circuit][level] for found in both_laws)
+        scaled = spectra[circuit][level]
+        scaled = scaled / np.median(scaled, -1, keepdims=True) * chain.median  # the law's mean is 1
+        seen = scaled[np.isfinite(scaled)]
+        bins = np.geomspace(min(0.05, chain.quantile(0.01)), max(20, 1.5 * seen.max(initial=0)), 60)
+        for layer, ax in enumerate(axes[:, column]):
+            values = scaled[layer][np.isfinite(scaled[layer])]
+            beyond = values > chain.upper
+            weight = 1 / max(1, len(values)) / np.log(bins[1] / bins[0])
+            for part, colour, label in ((~beyond, "#56B4E9", "eigenvalues"), (beyond, "#D55E00", "outliers")):
+                ax.hist(values[part], bins, weights=np.full(part.sum(), weight), color=colour, label=label)
+            for law, unit, style, label in (
+                (chain, 1, "k-", "product of Gaussians"),
+                (mp, chain.median / mp.median, "k:", "Marchenko-Pastur"),
+            ):
+                x, density = law.log_density()
+                ax.plot(unit * x, density, style, linewidth=1, label=f"{label}, and its edge")
+                ax.axvline(unit * law.upper, linestyle=style[1:], color="k", linewidth=1)
+            count = beyond.sum() / len(scaled[layer])
+            energy = values[beyond].sum() / max(values.sum(), 1e-300)
+            per_head = " a head" if level == "heads" else ""
+            ax.set_title(f"layer {layer}: {count:.1f} outliers{per_head}, {energy:.0%} of energy", fontsize=9)
+            ax.set(xscale="log", xlim=(bins[0], bins[-1]), yticks=[])
+        who = "each head" if level == "heads" else "the heads of a layer together"
+        axes[0, column].set_title(f"{circuit}, {who}\n" + axes[0, column].get_title(), fontsize=9)
+        axes[-1, column].set_xlabel("eigenvalue, if the law's mean is 1")
+    figure.supylabel("density per unit of log eigenvalue", fontsize=10)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure.savefig(path, dpi=120)
+
+
+def draw_dynamics(path, runs, title):
+    """runs: (name, steps, diagnostics (S, L, H)). A column per run: step across, layer up, heads' mean as colour."""
+    from matplotlib.colors import LogNorm, Normalize
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(1.6 + 3.2 * len(runs), 1 + 1.5 * len(DRAWN)), layout="constrained")
+    figure.suptitle(title)
+    axes = figure.subplots(len(DRAWN), len(runs), squeeze=False, sharex="col")
+    for row, (name, label) in zip(axes, DRAWN.items(), strict=True):
+        grids = [found[name].mean(-1).T for _, _, found in runs]  # (L, S)
+        low, high = (f([f(grid[np.isfinite(grid)]) for grid in grids]) for f in (np.min, np.max))
+        norm = LogNorm(low, high) if name == "mp_gap" else Normalize(low, high)
+        for ax, grid, (_, steps, _) in zip(row, grids, runs, strict=True):
+            image = ax.imshow(grid, norm=norm, origin="lower", aspect="auto", cmap="cividis", interpolation="nearest")
+            ticks = np.unique(np.linspace(0, len(steps) - 1, 5).round().astype(int))
+            ax.set_xticks(ticks, [f"{steps[tick]:,}" for tick in ticks])
+            ax.yaxis.get_major_locator().set_params(integer=True)
+        row[0].set_ylabel("layer")
+        figure.colorbar(image, ax=row, label=label)
+    for (name, _, found), top, bottom in zip(runs, axes[0], axes[-1], strict=True):
+        spiked = found["outliers"][-1].mean(-1) >= SPIKED
+        top.set_title(f"{name}\nat the end, spikes in {layer_list(spiked)}", fontsize=10)
+        bottom.set_xlabel("step (one column a snapshot)")
+    figure.savefig(path, dpi=120)
+
+
+def main():
+    from data.prepare import Parser
+
+    parser = Parser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("paths", nargs="+", type=Path, help="a checkpoint; or run folders, to compare their dynamics")
+    parser.add_argument("--null", choices=NULLS, default="chain", help="law to measure against (default: %(default)s)")
+    parser.add_argument("--circuit", choices=CIRCUITS, help="part of mla_decoupled's key (default: both)")
+    parser.add_argument("--out", type=Path, help="folder for JSON and figure (default: that of what is given)")
+    args = parser.parse_args()
+    dynamics = any(path.is_dir() for path in args.paths)
+    if not dynamics and len(args.paths) > 1:
+        raise ValueError("give one checkpoint, or one or more run folders: " + " ".join(map(str, args.paths)))
+    out = args.out or (Path(os.path.commonpath(args.paths)) if dynamics else args.paths[0].parent)
+    if not out.is_dir():
+        raise ValueError(f"--out={out}: must be a folder")
+
+    runs, result = [], []
+    for path in args.paths:
+        try:
+            config, steps, found = (read_run if dynamics else read_model)(path)
+            circuit = args.circuit or [*found][-1]
+            if circuit not in found:
+                raise ValueError(f"{path}: --circuit={circuit}: {config.attn} has only " + ", ".join(found))
+        except ValueError as error:
+            if len(args.paths) == 1:
+                raise
+            print(f"{error}; left out", file=sys.stderr)
+            continue
+        diagnosed = {
+            null: {
+                c: {level: diagnose(found[c][level], law) for level, law in levels.items()}
+                for c, levels in laws(config, null).items()
+            }
+            for null in NULLS
+        }
+        many = f"{len(steps)} snapshots up to " if dynamics else ""
+        print(f"{path}: {config.attn}, {config.n_layer} layers of {config.n_head} heads; {many}step {steps[-1]}")
+        if not dynamics:
+            for c in [args.circuit] if args.circuit else found:
+                print_tables(paths(config)[c], c, args.null, diagnosed[args.null][c])
+        chosen = {null: diagnosed[null][circuit]["heads"] for null in NULLS}
+        for null in NULLS:
+            print(f"\nspikes in each head's W_Q W_K^T ({circuit}), null {null}:")
+            print("  " + "\n  ".join(findings(steps, chosen[null])))
+        print("\nwhere the nulls disagree:")
+        print("  " + "\n  ".join(disagreement(steps, chosen["chain"], chosen["mp"])) + "\n")
+        runs.append((f"{path.name}: {config.attn}, {circuit}", steps, chosen[args.null]))
+        result.append({"path": str(path), "config": asdict(config), "steps": steps, **plain(diagnosed)})
+    if not runs:
+        raise ValueError("nothing to show: all of these runs were left out")
+    if dynamics:
+        data, figure = out / "dynamics.json", out / f"dynamics_{args.null}.png"
+        draw_dynamics(figure, runs, f"Spikes and rank of each head's W_Q W_K^T in training (null: {args.null})")
+    else:
+        data, figure = out / "spectrum.json", out / "spectrum.png"
+        found = {c: {level: values[0] for level, values in levels.items()} for c, levels in found.items()}
+        result = result[0] | {"spectra": plain(found)}
+        count, energy = (np.nanmean(chosen["chain"][name]) for name in ("outliers", "outlier_energy"))
+        seen = f"{count:.1f} outliers per head, with {energy:.0%} of the energy"
+        draw_model(figure, config, found, f"Eigenvalues of W_Q W_K^T of {config.attn} at step {steps[0]}: {seen}")
+    data.write_text(json.dumps(result))
+    print(f"wrote {data} and {figure}")
+
+
+if __name__ == "__main__":
+    from data.prepare import run
+
+    run(main)

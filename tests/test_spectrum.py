@@ -1,0 +1,433 @@
+"""The null laws against simulation and closed forms, eigenvalues against full matrices, the diagnostics, the script."""
+
+import json
+import math
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import integrate
+
+import spectrum
+import train
+from data.prepare import prepare, run
+from model import ATTN, FORMAT, GPT, GPTConfig
+from spectrum import NULLS, chain_law, decoupled_law, diagnose, eigenvalues, laws, paths, spectra
+
+SMALL = dict(n_layer=2, n_head=2, n_embd=32, vocab_size=8, block_size=8)
+
+
+def product(dims, rng):
+    m = rng.standard_normal(dims[:2])
+    for shape in zip(dims[1:], dims[2:], strict=False):
+        m = m @ rng.standard_normal(shape) / shape[0] ** 0.5
+    return m
+
+
+def squared_singular_values(m):
+    return np.linalg.svd(m, compute_uv=False) ** 2
+
+
+# The laws
+
+
+@pytest.mark.parametrize(
+    "dims, upper",
+    [
+        ((512, 64, 512), 2.334),
+        ((512, 64, 256, 512), 3.149),
+        ((512, 512, 512), 27 / 4),
+        ((300, 200), (1 + (2 / 3) ** 0.5) ** 2),
+        ((7, 7), 4),
+        ((5, 5, 5, 5), 256 / 27),  # Fuss-Catalan: (m + 1)^(m + 1) / m^m
+    ],
+)
+def test_upper_edges(dims, upper):
+    assert chain_law(dims).upper == pytest.approx(upper, abs=5e-4 if round(upper, 3) == upper else 1e-9)
+
+
+@given(dims=st.lists(st.integers(2, 10000), min_size=2, max_size=5))
+@settings(max_examples=30, deadline=None)
+def test_edges_are_where_lambda_is_stationary(dims):
+    """The edges once more, as extrema of a function of a real variable: polynomial roots."""
+    dims = sorted(dims)
+    others = dims[0] / np.array(dims[1:], dtype=float)
+    numerator = np.poly1d([1, 1])
+    for c in others:
+        numerator *= np.poly1d([c, 1])
+    slope = numerator.deriv() * np.poly1d([1, 0]) - numerator
+    roots = slope.roots[np.abs(slope.roots.imag) < 1e-6 * np.abs(slope.roots)].real
+    upper = min(numerator(x) / x for x in roots if x > 0)
+    law = chain_law(dims)
+    assert law.upper == pytest.approx(upper, rel=1e-6)
+    if others.max() < 0.98:  # else the lower root is nearly double, and polynomial roots lose it
+        lower = max(numerator(x) / x for x in roots if -1 / others.max() < x < -1)
+        assert law.lower == pytest.approx(lower, rel=1e-4)
+    assert 0 <= law.lower < law.quantile(0.25) < law.median < law.quantile(0.75) < law.upper
+
+
+@given(n=st.integers(2, 10000), times=st.floats(1, 5000))
+@settings(max_examples=30, deadline=None)
+def test_one_factor_is_marchenko_pastur(n, times):
+    law, N = chain_law((n, round(n * times))), round(n * times)
+    c = n / N
+    low, high = (1 - c**0.5) ** 2, (1 + c**0.5) ** 2
+    assert (law.lower, law.upper) == pytest.approx((low, high), abs=1e-9)
+    x = low + (high - low) * np.linspace(0.02, 0.98, 25)
+    density = np.sqrt((high - x) * (x - low)) / (2 * np.pi * c * x)
+    np.testing.assert_allclose(law.pdf(x), density, rtol=1e-5)
+    assert law.pdf(np.array([low / 2 - 1, high * 1.01])).tolist() == [0, 0]
+
+
+@given(n=st.integers(2, 2000), ratios=st.lists(st.just(1) | st.floats(1.3, 5), min_size=1, max_size=4))
+@settings(max_examples=12, deadline=None)
+def test_mass_and_mean_are_one_and_cdf_is_the_integral_of_pdf(n, ratios):
+    """Square or clearly not: between these the density has a peak at the lower edge that quadrature does not see."""
+    dims = [n, *(math.ceil(n * ratio) for ratio in ratios)]
+    law = chain_law(dims)
+    assert law.cdf(np.array([-1, law.lower, law.upper, 2 * law.upper])).tolist() == [0, 0, 1, 1]
+    assert law.pdf(np.array([-1, 2 * law.upper])).tolist() == [0, 0]
+    # over t, with x = upper u^k and u's ends rounded off: so the density becomes finite at 0, and smooth at the edges
+    k, t = len(dims), np.linspace(0, np.pi, 201)[1:-1]
+    start = (law.lower / law.upper) ** (1 / k)
+    u = start + (1 - start) * (1 - np.cos(t)) / 2
+    x = law.upper * u**k
+    density = law.pdf(x) * law.upper * k * u ** (k - 1) * (1 - start) / 2 * np.sin(t)
+    assert density.sum() * np.pi / 200 == pytest.approx(1, abs=1e-4)
+    assert (density * x).sum() * np.pi / 200 == pytest.approx(1, abs=1e-4)
+    cdf = law.cdf(x)
+    np.testing.assert_allclose(np.diff(cdf), (density[1:] + density[:-1]) / 2 * np.pi / 200, atol=1e-4)
+    assert (np.diff(cdf) > -1e-12).all()
+    q = np.array([0.01, 0.3, 0.5, 0.9])
+    np.testing.assert_allclose(law.cdf(law.quantile(q)), q, atol=1e-5)
+
+
+@given(
+    n=st.integers(200, 260),
+    others=st.lists(st.floats(1, 4), min_size=1, max_size=4),
+    place=st.integers(0, 4),
+    seed=st.integers(0, 2**32),
+)
+@settings(max_examples=15, deadline=None)
+def test_the_law_of_a_chain_is_that_of_its_simulation(n, others, place, seed):
+    dims = [round(n * ratio) for ratio in others]
+    dims.insert(place, n)
+    x = np.sort(squared_singular_values(product(dims, np.random.default_rng(seed)))[: min(dims)])
+    cdf, steps = chain_law(dims).cdf(x / x.mean()), np.arange(len(x) + 1) / len(x)
+    assert max(abs(cdf - steps[:-1]).max(), abs(cdf - steps[1:]).max()) < 0.02
+
+
+def test_the_simulated_law_agrees_with_formulas_where_there_are_some():
+    """With a rotary part that nothing is rotated into, it is the content's; its cdf and quantiles belong together."""
+    law, formula = decoupled_law(256, 64, 128, 2, rotary_scale=1e-9), chain_law((256, 64, 128, 256))
+    x = law.x[len(law.x) * 2 // 66 :]  # without the two per head that are nearly 0
+    np.testing.assert_allclose(np.quantile(x, [0.1, 0.5, 0.9]), formula.quantile([0.1, 0.5, 0.9]) * x.mean(), rtol=0.03)
+    law = decoupled_law(256, 64, 128, 32)
+    np.testing.assert_allclose(law.cdf(law.quantile([0.1, 0.5, 0.9])), [0.1, 0.5, 0.9], atol=2e-3)
+    grid = np.geomspace(law.lower, law.upper, 2000)
+    assert integrate.trapezoid(law.pdf(grid), grid) == pytest.approx(1, abs=0.03)
+    assert law.x.mean() == pytest.approx(1) and law.cdf(law.upper) == 1
+
+
+@pytest.mark.parametrize("dims", [(), (5,), (3, 0), (3, -1), (2.5, 3), (3, float("nan"))])
+def test_a_path_must_have_dimensions(dims):
+    with pytest.raises(ValueError, match="dims="):
+        chain_law(dims)
+
+
+# The circuits
+
+
+def full_matrices(model, layer):
+    """{circuit: [M of each head]}, each (d, d), straight from the weights by their names."""
+    attn, config = model.blocks[layer].attn, model.config
+    w = {name: p.detach().double().numpy().T for name, p in attn.named_parameters()}
+    w = {name.split(".")[0]: value for name, value in w.items()}
+    h, R, found = config.head_dim, config.rope_dim, {"content": []}
+    for head in range(config.n_head):
+        mine = slice(head * h, (head + 1) * h)
+        w_q = w["w_q"][:, mine]
+        if config.attn in ("mha", "mha_rope"):
+            w_k = w["w_k"][:, mine]
+        elif config.attn == "gqa":
+            group = head // (config.n_head // config.kv_heads)
+            w_k = w["w_k"][:, group * h : (group + 1) * h]
+        elif config.attn == "mla_prerope":
+            w_k = w["w_k"] @ w["w_dk"] @ w["w_uk"][:, mine]
+        else:
+            w_k = w["w_dk"] @ w["w_uk"][:, mine]
+        found["content"].append(w_q @ w_k.T)
+        if R:
+            found.setdefault("rotary", []).append(w["w_qr"][:, head * R : (head + 1) * R] @ w["w_kr"].T)
+    if R:
+        found["both"] = [c + r for c, r in zip(found["content"], found["rotary"], strict=True)]
+    return found
+
+
+@pytest.mark.parametrize("attn", ATTN)
+@pytest.mark.parametrize("rank", [0.25, 0.5, 1.0])
+def test_small_grams_have_the_eigenvalues_of_the_full_matrix(attn, rank):
+    ranks = {} if attn.startswith("mha") else {"rank": rank}
+    model = GPT(GPTConfig(attn=attn, **SMALL | {"n_head": 4}, **ranks))
+    found, shapes = spectra(model), paths(model.config)
+    assert found.keys() == shapes.keys()
+    for layer in range(2):
+        for circuit, heads in full_matrices(model, layer).items():
+            for level, matrices in (("heads", heads), ("layer", [sum(heads)])):
+                for mine, m in zip(found[circuit][level][layer], matrices, strict=True):
+                    n = min(shapes[circuit][level])
+                    everything = np.linalg.eigvalsh(m @ m.T)[::-1]
+                    assert mine.shape == (n,)
+                    np.testing.assert_allclose(mine, everything[:n], atol=1e-12 * everything[0], rtol=1e-6)
+                    assert (abs(everything[n:]) < 1e-12 * everything[0]).all()  # n is the rank
+
+
+@given(
+    dims=st.lists(st.integers(1, 12), min_size=2, max_size=5),
+    batch=st.lists(st.sampled_from([1, 3]), min_size=4, max_size=4),
+    seed=st.integers(0, 2**32),
+)
+@settings(max_examples=100, deadline=None)
+def test_eigenvalues_of_any_chain(dims, batch, seed):
+    rng = np.random.default_rng(seed)
+    factors = [
+        rng.standard_normal((b, *shape)) for b, shape in zip(batch, zip(dims, dims[1:], strict=False), strict=False)
+    ]
+    found = eigenvalues([torch.from_numpy(f) for f in factors])
+    m = factors[0]
+    for factor in factors[1:]:
+        m = m @ factor
+    expected = np.linalg.svd(m, compute_uv=False) ** 2
+    np.testing.assert_allclose(found, expected[:, : min(dims)], atol=1e-10 * expected.max())
+
+
+def test_chance_is_called_chance_by_chain_and_structure_by_mp():
+    """The artefact: before any training, mp sees outliers, in every variant."""
+    for attn in ATTN:
+        config = GPTConfig(attn=attn, **SMALL | {"n_embd": 256, "n_head": 4, "n_layer": 1})
+        shares = {null: [] for null in NULLS}
+        null_laws = {null: laws(config, null) for null in NULLS}
+        for seed in range(20):
+            torch.manual_seed(seed)
+            for circuit, levels in spectra(GPT(config)).items():
+                for level, values in levels.items():
+                    for null in NULLS:
+                        found = diagnose(values, null_laws[null][circuit][level])
+                        shares[null].append((found["outliers"].sum(), values.size))
+        for null, counts in shares.items():
+            share = np.divide(*np.sum(counts, axis=0))
+            assert share < 0.005 if null == "chain" else share > 0.05, (attn, null, share)
+
+
+# The diagnostics
+
+
+@pytest.mark.parametrize("dims", [(400, 100, 400), (400, 100, 200, 400), (300, 300, 300), (200, 500)])
+def test_a_planted_spike_is_found_above_the_threshold_only(dims):
+    """M + strength u v^T has an outlier where strength^2 > lambda+ / ((1 + c_0 psi)(1 + c_m psi)), with psi at the edge
+    and c of the outer dimensions (Benaych-Georges and Nadakuditi 2012, theorem 2.8)."""
+    law, rng = chain_law(dims), np.random.default_rng(0)
+    psi = law.curve(1e-6).real
+    n = min(dims)
+    threshold = (law.upper / ((1 + n / dims[0] * psi) * (1 + n / dims[-1] * psi))) ** 0.5
+    counts = {}
+    for times in (0.4, 2):
+        counts[times] = []
+        for _ in range(10):
+            m = product(dims, rng)
+            m /= squared_singular_values(m)[:n].mean() ** 0.5
+            u, v = (x / np.linalg.norm(x) for x in (rng.standard_normal(dims[0]), rng.standard_normal(dims[-1])))
+            found = diagnose(squared_singular_values(m + times * threshold * np.outer(u, v))[:n], law)
+            counts[times].append(int(found["outliers"]))
+            if times == 2:
+                assert found["mp_gap"] > 1.1 and found["soft_rank"] < 1 / 1.1 and found["outlier_energy"] > 1 / n
+    assert np.mean(counts[0.4]) < 0.5 and min(counts[2]) >= 1 and np.mean(counts[2]) < 1.5
+
+
+@given(seed=st.integers(0, 2**32), n=st.integers(20, 200))
+@settings(max_examples=50, deadline=None)
+def test_growing_spikes_do_not_move_the_scale(seed, n):
+    rng = np.random.default_rng(seed)
+    values = np.sort(rng.exponential(size=(3, n)))
+    law = chain_law((n, 2 * n))
+    grown = values.copy()
+    grown[:, -(n // 10) :] *= 100
+    before, after = diagnose(values, law), diagnose(grown, law)
+    np.testing.assert_array_equal(before["edge"], after["edge"])
+    assert (after["outlier_energy"] > before["outlier_energy"]).all()
+
+
+@given(seed=st.integers(0, 2**32), scale=st.floats(1e-4, 1e4))
+@settings(max_examples=30, deadline=None)
+def test_diagnostics_do_not_depend_on_scale_or_basis(seed, scale):
+    rng = np.random.default_rng(seed)
+    w_q, w_k = rng.standard_normal((2, 40, 10))
+    w_q[:, 0] *= 5
+    turns = [np.linalg.qr(rng.standard_normal((size, size)))[0] for size in (40, 10, 40)]
+    law = chain_law((40, 10, 40))
+    before, after = (
+        diagnose(eigenvalues([torch.from_numpy(q), torch.from_numpy(k.T)]), law)
+        for q, k in ((w_q, w_k), (scale * turns[0] @ w_q @ turns[1], turns[2] @ w_k @ turns[1] / 7))
+    )
+    for name in before.keys() - {"edge"}:
+        np.testing.assert_allclose(before[name], after[name], rtol=1e-6, err_msg=name)
+
+
+def test_diagnostics_by_hand():
+    values = np.array([[1.0, 8.0, 1.0, 2.0], [1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0], [1.0, np.nan, 1.0, 1.0]])
+
+    class Law:
+        median, upper = 0.5, 1.0
+
+    found = diagnose(values, Law)
+    assert found["edge"][:2].tolist() == [3, 2]  # medians 1.5 and 1
+    assert found["mp_gap"][:2].tolist() == [8 / 3, 1 / 2]
+    assert found["outliers"][:2].tolist() == [1, 0] and found["outlier_share"][:2].tolist() == [1 / 4, 0]
+    assert found["outlier_energy"][:2].tolist() == [8 / 12, 0]
+    assert found["soft_rank"][:2].tolist() == [3 / 8, 1]
+    assert found["stable_rank"][:2].tolist() == [12 / 8, 4] and found["stable_rank_share"][1] == 1
+    p = np.array([1, 8, 1, 2]) / 12
+    assert found["effective_rank"][:2].tolist() == pytest.approx([np.exp(-(p * np.log(p)).sum()), 4])
+    assert np.isnan(found["mp_gap"][2:]).all() and np.isnan(found["effective_rank"][2:]).all()
+    assert np.isnan(found["outliers"][3])
+
+
+# The script
+
+
+def save(path, model, **changes):
+    checkpoint = {"format": FORMAT, "config": vars(model.config), "model": model.state_dict(), "step": 7}
+    torch.save(checkpoint | changes, path)
+    return path
+
+
+@pytest.fixture
+def script(monkeypatch, capsys):
+    """Run spectrum.py -> exit status, stdout, stderr."""
+
+    def script(*arguments):
+        monkeypatch.setattr(sys, "argv", ["spectrum.py", *map(str, arguments)])
+        try:
+            status = run(spectrum.main)
+        except SystemExit as stop:
+            status = stop.code
+        return status or 0, *capsys.readouterr()
+
+    return script
+
+
+@pytest.mark.parametrize("attn", ATTN)
+def test_a_checkpoint_of_every_variant_gives_a_complete_report(attn, tmp_path, script):
+    path = save(tmp_path / "ckpt.pt", GPT(GPTConfig(attn=attn, **SMALL)))
+    for null in NULLS if attn == "mla_decoupled" else ("chain",):
+        status, out, err = script(path, f"--null={null}")
+        assert (status, err) == (0, "")
+        for word in ("layer", "MP-gap", "where", "rank", "null chain", "null mp", "eff. rank"):
+            assert word in out
+    report = json.loads((tmp_path / "spectrum.json").read_text())
+    config = GPTConfig(attn=attn, **SMALL)
+    for circuit, levels in paths(config).items():
+        for level, dims in levels.items():
+            rows = 2 if level == "heads" else 1
+            assert np.shape(report["spectra"][circuit][level]) == (2, rows, min(dims))
+            for null in NULLS:
+                for values in report[null][circuit][level].values():
+                    assert np.isfinite(np.array(values, dtype=float)).all() and np.shape(values) == (1, 2, rows)
+    assert (tmp_path / "spectrum.png").stat().st_size > 10000
+
+
+@pytest.fixture(scope="module")
+def three_runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    data = prepare(stories=50, root=folder)
+    for name, flags in {"a": ["--attn=mha_rope"], "b": ["--attn=mla_decoupled"], "c": ["--n_layer=3"]}.items():
+        small = (
+            "--n_layer=1 --n_head=2 --n_embd=32 --block_size=32 --batch_size=2 --eval_steps=1 --device=cpu --steps=25"
+        )
+        train.Run(train.parse_arguments([f"--data={data}", f"--out={folder / name}", *small.split(), *flags])).train()
+    return folder
+
+
+def test_training_leaves_snapshots_dense_at_the_start(three_runs):
+    lines = [json.loads(line) for line in (three_runs / "a" / "spectrum.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines]
+    assert steps[0] == 0 and steps[-1] == 25 and 12 <= len(steps) <= 21
+    assert np.all(np.diff(steps) > 0) and np.diff(steps)[-1] > np.diff(steps)[0]
+    torch.manual_seed(0)  # train's default seed: the first snapshot is of the model as it was made
+    model = GPT(GPTConfig(**lines[0]["config"]))
+    np.testing.assert_allclose(lines[0]["spectra"]["content"]["heads"], spectra(model)["content"]["heads"], rtol=1e-4)
+
+
+def test_runs_side_by_side_even_if_their_depths_differ(three_runs, script):
+    for null in NULLS:
+        status, out, err = script(*(three_runs / name for name in "abc"), f"--null={null}")
+        assert (status, err) == (0, "") and out.count("where   ") == 6
+        assert (three_runs / f"dynamics_{null}.png").stat().st_size > 10000
+    report = json.loads((three_runs / "dynamics.json").read_text())
+    assert [np.shape(r["chain"]["content"]["heads"]["mp_gap"])[1:] for r in report] == [(1, 2), (1, 2), (3, 2)]
+    status, out, err = script(three_runs / "b", "--circuit=rotary")
+    assert status == 0 and "(rotary)" in out and (three_runs / "b" / "dynamics_chain.png").exists()
+
+
+def test_what_cannot_be_analysed_is_left_out_or_refused_in_one_line(three_runs, tmp_path, script):
+    def refused(*arguments):
+        status, out, err = script(*arguments)
+        assert status == 2 and err.count("\n") == 1 and err.startswith("spectrum.py: "), err
+        return err
+
+    model = GPT(GPTConfig(attn="mla", **SMALL))
+    path = save(tmp_path / "ckpt.pt", model)
+    assert "no such file" in refused(tmp_path / "nothing.pt")
+    (tmp_path / "text.pt").write_text("hello")
+    assert "not a checkpoint" in refused(tmp_path / "text.pt")
+    (tmp_path / "short.pt").write_bytes(path.read_bytes()[:1000])
+    assert "not a checkpoint" in refused(tmp_path / "short.pt")
+    assert "spectrum.jsonl: no such file" in refused(tmp_path)
+    assert "give one checkpoint" in refused(path, path)
+    assert "has only content" in refused(path, "--circuit=rotary")
+    assert "--out" in refused(path, f"--out={tmp_path / 'nowhere'}")
+    assert "invalid choice" in refused(path, "--null=wigner")
+    assert "required" in refused()
+
+    for other in (tmp_path, path):  # a folder without snapshots; a file, as `runs/*` may name
+        status, out, err = script(three_runs / "a", other, f"--out={tmp_path}")
+        assert status == 0 and err.count("\n") == 1 and "left out" in err and out.count("where   ") == 2
+    status, out, err = script(three_runs / "a", three_runs / "b", "--circuit=rotary")
+    assert status == 0 and "has only content; left out" in err
+
+    torn = tmp_path / "torn"
+    torn.mkdir()
+    whole = (three_runs / "a" / "spectrum.jsonl").read_text()
+    (torn / "spectrum.jsonl").write_text(whole[:-100] + "\n[]\n{}\n")
+    status, out, err = script(torn)
+    assert status == 0 and err.count("left out") == 3 == err.count("\n")
+    (torn / "spectrum.jsonl").write_text("{}")
+    assert "holds no whole snapshot" in script(torn)[2]
+
+    with torch.no_grad():
+        model.blocks[1].attn.w_uk.weight[0, 0] = float("nan")
+    status, out, err = script(save(path, model))
+    assert status == 0 and err.count("\n") == 1 and "layer 1 has weights that are not finite" in err
+    assert "    1   weights are not finite" in out
+    json.loads((tmp_path / "spectrum.json").read_text(), parse_constant=pytest.fail)  # no NaN: it is not JSON
+    with torch.no_grad():
+        model.blocks[0].attn.w_q.weight[0, 0] = float("inf")
+    assert "nothing to analyse" in refused(save(path, model))
+
+
+def test_spikes_are_told_in_words():
+    """Layer 1 spikes at the second snapshot and stays; layer 0 has none."""
+    outliers = np.zeros((4, 2, 3))
+    outliers[1:, 1] = 2.0
+    found = {"outliers": outliers, "outlier_energy": outliers / 10, "effective_rank_share": 1 - outliers / 5}
+    text = "\n".join(spectrum.findings([0, 5, 20, 45], found))
+    assert "where    layer 1; most in layer 1: 2.0 per head, with 20% of energy" in text
+    assert "layer 1 from step 5" in text and "there in 100% of the later" in text
+    assert "falls with outlier energy: rank correlation -1.00" in text
+    assert "100% of full at step 0, 80% of full at step 45" in text
+    found = {name: values * 0 + (name == "effective_rank_share") for name, values in found.items()}
+    text = "\n".join(spectrum.findings([0, 5, 20, 45], found))
+    assert "where    no layer" in text and "correlation" not in text
