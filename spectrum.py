@@ -318,7 +318,7 @@ def read_run(folder):
     lines are not whole snapshots of the run. Raises ValueError if none is."""
     path = folder / "spectrum.jsonl"
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; train.py writes one into its --out folder")
+        raise ValueError(f"{folder}: no run's folder: it has no spectrum.jsonl, which train.py writes into --out")
     config, snapshots = None, {}
     for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
         try:

@@ -1,8 +1,9 @@
 """Train a GPT with any attention on stories.
 
 Runs on a CPU, on one GPU, or under torchrun on several. Into --out go ckpt.pt (the best so far by val loss), last.pt
-(for --resume), log.jsonl, and spectrum.jsonl (about twenty snapshots of the spectrum of W_Q W_K^T). What a step does depends on the options, the weights and the number of the step, never on
-the clock or on how often the run was stopped, so that a resumed run is the same run.
+(for --resume), log.jsonl, and spectrum.jsonl (about twenty snapshots of the spectrum of W_Q W_K^T). What a step does
+depends on the options, the weights and the number of the step, never on the clock or on how often the run was stopped,
+so that a resumed run is the same run.
 """
 
 import itertools

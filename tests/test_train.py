@@ -104,7 +104,7 @@ def test_every_variant_trains_and_its_checkpoint_tells_a_story(start, attn, caps
 @given(data=st.data())
 @settings(max_examples=4, deadline=None)
 def test_a_stopped_run_goes_on_as_if_nothing_had_happened(stories, tmp_path_factory, data):
-    """Stop by Ctrl-C at any step, resume: bit for bit the weights, optimizer, log and spectra of a run without a stop."""
+    """Stop by Ctrl-C at any step, resume: bit for bit the weights, optimizer, log, spectra of a run that is not."""
     steps, interval = 7, data.draw(st.integers(1, 8))
     stop_at = data.draw(st.integers(0, steps - 1))
     accumulate = data.draw(st.integers(1, 2))
