@@ -18,7 +18,8 @@ import json
 import math
 import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -129,11 +130,12 @@ def chain_law(dims):
     return ChainLaw(dims)
 
 
-def decoupled_law(d, width, r, rope_dim, rotary_scale=1.0):
-    """The law of content and rotary part together: queries (d, width + R), keys [W_DK^T W_UK | W_KR], as initialised.
-
-    Simulated: 8 draws from a fixed seed, at a multiple of the shape that has at least 256 eigenvalues."""
-    times = math.ceil(256 / min(d, width + rope_dim, r + rope_dim))
+@cache
+def decoupled_law(d, width, r, rope_dim, strength):
+    """The law of content and rotary part together: queries (d, width + R), keys [W_DK^T W_UK | W_KR], where the entries
+    of the rotary part's M are `strength` times what they are if all weights are alike. Simulated: 4 draws from a fixed
+    seed, at a multiple of the shape that has at least 256 eigenvalues, or is 2,048 wide."""
+    times = max(1, min(math.ceil(256 / min(d, width + rope_dim, r + rope_dim)), 2048 // d))
     d, width, r, rope_dim = (times * size for size in (d, width, r, rope_dim))
     generator = torch.Generator().manual_seed(0)
 
@@ -142,9 +144,9 @@ def decoupled_law(d, width, r, rope_dim, rotary_scale=1.0):
 
     def draw():
         content = [gaussian(d, width), gaussian(width, r) * r**-0.5, gaussian(r, d)]
-        return eigenvalues(both([content], [[rotary_scale * gaussian(d, rope_dim), gaussian(rope_dim, d)]])[0])
+        return eigenvalues(both([content], [[strength * gaussian(d, rope_dim), gaussian(rope_dim, d)]])[0])
 
-    return SampledLaw([draw() for _ in range(8)])
+    return SampledLaw([draw() for _ in range(4)])
 
 
 def paths(config):
@@ -162,17 +164,48 @@ def paths(config):
     return found
 
 
-def laws(config, null):
-    """{circuit: {"heads": law, "layer": law}} of a GPTConfig's circuits; null is one of NULLS."""
-    d, h, r, R = config.n_embd, config.head_dim, config.rank and config.latent_dim, config.rope_dim
+def rotary_strength(config, spectra, level):
+    """How much larger the entries of the rotary part are than the content's, by the medians of spectra() (S, L, H, n),
+    in steps of 2^(1/4) -> (S, L). Training moves it away from 1; a null without it would call that structure."""
+    size = {}
+    for circuit in ("content", "rotary"):
+        dims = paths(config)[circuit][level]
+        unit = chain_law(dims).median * dims[0] ** 2 * dims[1] / min(dims)  # the median, if entries have variance 1
+        size[circuit] = np.median(np.median(spectra[circuit][level], -1), -1) / unit
+    with np.errstate(all="ignore"):
+        quarters = np.round(2 * np.log2(size["rotary"] / size["content"]))
+    return 2 ** (np.nan_to_num(quarters, posinf=0, neginf=0).clip(-24, 24) / 4)
+
+
+@dataclass
+class LawPerLayer:
+    """Edges and medians (S, L, 1) of a law for each step and layer, as diagnose() takes them."""
+
+    each: list
+
+    def __post_init__(self):
+        self.median, self.upper = (
+            np.array([[getattr(law, name) for law in step] for step in self.each])[..., None]
+            for name in ("median", "upper")
+        )
+
+
+def laws(config, null, spectra):
+    """{circuit: {"heads": law, "layer": law}} for the spectra() (S, L, H, n) of a GPTConfig; null is one of NULLS."""
+    d, r, R = config.n_embd, config.rank and config.latent_dim, config.rope_dim
     found = {}
     for circuit, levels in paths(config).items():
         if null == "mp":
             found[circuit] = {level: chain_law((min(dims), d)) for level, dims in levels.items()}
-        elif circuit == "both":  # in a layer, one rotary key meets the sum of H queries
+        elif circuit == "both":
             found[circuit] = {
-                "heads": decoupled_law(d, h, r, R),
-                "layer": decoupled_law(d, d, r, R, config.n_head**0.5),
+                level: LawPerLayer(
+                    [
+                        [decoupled_law(d, dims[1] - R, r, R, strength) for strength in step]
+                        for step in rotary_strength(config, spectra, level)
+                    ]
+                )
+                for level, dims in levels.items()
             }
         else:
             found[circuit] = {level: chain_law(dims) for level, dims in levels.items()}
@@ -189,8 +222,9 @@ def eigenvalues(factors):
     are those of the n x n product (L^T L)(R R^T): nothing of the size of M is formed. NaN where a factor is not
     finite."""
     factors = [factor.detach().cpu().double() for factor in factors]
-    finite = sum(factor.sum((-2, -1)) for factor in factors).isfinite()
-    factors = [factor.nan_to_num(0, 0, 0) for factor in factors]
+    sizes = [factor.abs().amax((-2, -1), keepdim=True) for factor in factors]  # taken out, lest Grams overflow
+    finite = math.prod(sizes).isfinite().squeeze((-2, -1))
+    factors = [(factor / size).nan_to_num(0, 0, 0) for factor, size in zip(factors, sizes, strict=True)]
     dims = [factors[0].size(-2), *(factor.size(-1) for factor in factors)]
     cut = dims.index(min(dims))
     left = right = None
@@ -204,7 +238,7 @@ def eigenvalues(factors):
         values, vectors = torch.linalg.eigh(left)
         root = vectors * values.clamp(min=0).sqrt().unsqueeze(-2)
         product = root.mT @ right @ root
-    found = torch.linalg.eigvalsh(product).clamp(min=0).flip(-1)
+    found = torch.linalg.eigvalsh(product).clamp(min=0).flip(-1) * math.prod(sizes).squeeze(-1) ** 2
     return found.masked_fill(~finite.unsqueeze(-1), math.nan).numpy()
 
 
@@ -303,14 +337,14 @@ def snapshot(model, step):
 def read_model(path):
     """A checkpoint -> its GPTConfig, [step], and spectra() with a 1 in front. Says which layers are not finite."""
     model, checkpoint = load_checkpoint(path)
+    step = checkpoint.get("step")
+    if type(step) is not int:
+        raise ValueError(f"{path}: does not say of which step it is; was it written by train.py?")
     found = spectra(model)
-    finite = np.isfinite(found["content"]["layer"]).all((1, 2))
-    if not finite.any():
-        raise ValueError(f"{path}: no layer's weights W_Q and W_K are finite: nothing to analyse")
+    finite = np.all([np.isfinite(levels["heads"]).all((1, 2)) for levels in found.values()], axis=0)
     for layer in np.flatnonzero(~finite):
-        print(f"{path}: layer {layer} has weights that are not finite; the others are analysed", file=sys.stderr)
-    spectra_of_step = {c: {level: values[None] for level, values in levels.items()} for c, levels in found.items()}
-    return model.config, [checkpoint.get("step", 0)], spectra_of_step
+        print(f"{path}: layer {layer} has weights that are not finite; the rest is analysed", file=sys.stderr)
+    return model.config, [step], {c: {at: values[None] for at, values in levels.items()} for c, levels in found.items()}
 
 
 def read_run(folder):
@@ -330,7 +364,7 @@ def read_run(folder):
                 for c, levels in paths(config).items()
                 for level, dims in levels.items()
             }
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             print(f"{path}: line {number} is not a whole snapshot; left out", file=sys.stderr)
     if not snapshots:
         raise ValueError(f"{path}: holds no whole snapshot; train again")
@@ -344,34 +378,29 @@ def read_run(folder):
 
 # What a reader sees ---------------------------------------------------------------------------------------------------
 
-COLUMNS = {
-    "mp_gap": ("MP-gap", ".3g"),
-    "outliers": ("outliers", ".1f"),
-    "outlier_energy": ("energy", ".0%"),
-    "soft_rank": ("soft rank", ".2f"),
-    "stable_rank": ("stable rank", ".1f"),
-    "effective_rank": ("eff. rank", ".1f"),
-}
-DRAWN = {
-    "mp_gap": "MP-gap\nlargest / edge",
-    "outliers": "outliers\nper head",
-    "outlier_energy": "outlier energy\nshare of the sum",
-    "soft_rank": "MP soft rank\nedge / largest",
-    "stable_rank_share": "stable rank\nshare of n",
-    "effective_rank_share": "effective rank\nshare of n",
+DIAGNOSTICS = {  # heading in the table, format there, what the figure says
+    "mp_gap": ("MP-gap", ".3g", "MP-gap\nlargest / edge"),
+    "outliers": ("outliers", ".1f", "outliers\nper head"),
+    "outlier_energy": ("energy", ".0%", "outlier energy\nshare of the sum"),
+    "soft_rank": ("soft rank", ".2f", "MP soft rank\nedge / largest"),
+    "stable_rank_share": ("stable rank", ".1%", "stable rank\nshare of n"),
+    "effective_rank_share": ("eff. rank", ".1%", "effective rank\nshare of n"),
 }
 
 
 def table(found):
-    """A row per layer of diagnostics (L, H): mean ± standard deviation over heads."""
-    lines = ["layer" + "".join(f"{head:>12}" for head, _ in COLUMNS.values())]
+    """A row per layer of diagnostics (L, H): mean ± standard deviation over heads. Ranks are shares of full rank."""
+    lines = ["layer" + "".join(f"{heading:>13}" for heading, _, _ in DIAGNOSTICS.values())]
     for layer in range(len(found["edge"])):
         line = f"{layer:5}"
-        for name, (_, style) in COLUMNS.items():
-            values = found[name][layer]
-            spread = f" ±{values.std():{style.replace('3', '2')}}" if len(values) > 1 else ""
-            line += f"{values.mean():{style}}{spread}".rjust(12)
-        lines.append(line if np.isfinite(found["edge"][layer]).all() else f"{layer:5}   weights are not finite")
+        for name, (_, style, _) in DIAGNOSTICS.items():
+            values = found[name][layer][np.isfinite(found[name][layer])]
+            if len(values) == 0:
+                line += f"{'-':>13}"
+            else:
+                spread = f" ±{values.std():{style.replace('3', '2')}}" if len(found[name][layer]) > 1 else ""
+                line += f" {values.mean():{style}}{spread}".rjust(13)
+        lines.append(line)
     return "\n".join(lines)
 
 
@@ -379,9 +408,17 @@ def print_tables(levels, circuit, null, found):
     """For each head, and for the heads of a layer together."""
     for level, who in (("heads", "each head"), ("layer", "the heads of a layer together")):
         dims = levels[level]
-        shape = " x ".join(map(str, dims)) if null == "chain" else f"ratio {min(dims)}/{dims[0]}"
+        shape = " x ".join(map(str, dims)) if circuit != "both" else "simulated"
+        shape = shape if null == "chain" else f"ratio {min(dims)}/{dims[0]}"
         print(f"\n{circuit}, {who}: {min(dims)} eigenvalues; null {null}: {shape}")
         print(table({name: values[0] for name, values in found[level].items()}))
+
+
+def over_heads(values):
+    """The mean over the heads (the last axis) whose weights are finite; NaN if none is."""
+    known = np.isfinite(values)
+    with np.errstate(invalid="ignore"):
+        return np.where(known, values, 0).sum(-1) / known.sum(-1)
 
 
 def layer_list(chosen):
@@ -396,7 +433,9 @@ def findings(steps, found):
     when, whether they stay, and whether rank falls with them -> lines."""
     from scipy.stats import spearmanr
 
-    outliers, energy, rank = (found[name].mean(-1) for name in ("outliers", "outlier_energy", "effective_rank_share"))
+    outliers, energy, rank = (
+        over_heads(found[name]) for name in ("outliers", "outlier_energy", "effective_rank_share")
+    )
     spiked = outliers >= SPIKED  # (S, L)
     most = np.nan_to_num(outliers[-1]).argmax()
     lines = [
@@ -411,13 +450,13 @@ def findings(steps, found):
         if len(later):
             lines.append(f"persist  once in a layer, they are there in {later.mean():.0%} of the later snapshots")
     if len(steps) > 1:
-        rank_at = (f"{np.nanmean(rank[i]):.0%} of full at step {steps[i]}" for i in (0, -1))
+        rank_at = (f"{over_heads(rank[i]):.0%} of full at step {steps[i]}" for i in (0, -1))
         lines.append("rank     effective rank " + ", ".join(rank_at))
     else:  # one model: heads tell what steps cannot
         energy, rank = found["outlier_energy"], found["effective_rank_share"]
-        lines.append(f"rank     effective rank {np.nanmean(rank):.0%} of full")
+        lines.append(f"rank     effective rank {over_heads(rank.ravel()):.0%} of full")
     known = np.isfinite(energy) & np.isfinite(rank)
-    if np.ptp(energy[known]) == 0 or np.ptp(rank[known]) == 0:
+    if known.sum() < 3 or np.ptp(energy[known]) == 0 or np.ptp(rank[known]) == 0:
         return lines
     correlation = spearmanr(energy[known], rank[known]).statistic
     verdict = "falls with" if correlation < -0.5 else "rises with" if correlation > 0.5 else "does not follow"
@@ -428,35 +467,40 @@ def findings(steps, found):
 
 def disagreement(steps, chain, mp):
     """Where the null laws differ on diagnostics (S, L, H) -> lines."""
-    differ = np.mean((chain["outliers"].mean(-1) >= SPIKED) != (mp["outliers"].mean(-1) >= SPIKED))
+    differ = np.mean((over_heads(chain["outliers"]) >= SPIKED) != (over_heads(mp["outliers"]) >= SPIKED))
+    shares = [[over_heads(found["outlier_share"][i].ravel()) for i in range(len(steps))] for found in (mp, chain)]
     return [
-        f"at step {steps[i]}, mp calls {np.nanmean(mp['outlier_share'][i]):.1%} of the eigenvalues outliers, chain "
-        f"{np.nanmean(chain['outlier_share'][i]):.1%}"
+        f"at step {steps[i]}, mp calls {shares[0][i]:.1%} of the eigenvalues outliers, chain {shares[1][i]:.1%}"
         for i in sorted({0, len(steps) - 1})
     ] + [f"in {differ:.0%} of all layers and snapshots only one of them sees spikes"]
 
 
 def draw_model(path, config, spectra, title):
-    """Histograms of spectra() of one model, and both null laws: a row per layer, a column per circuit."""
+    """Histograms of spectra() (1, L, H, n) of a model, and both null laws: a row per layer, a column per circuit."""
     from matplotlib.figure import Figure
 
     columns = [(circuit, "heads") for circuit in spectra] + [([*spectra][-1], "layer")]
     figure = Figure(figsize=(0.6 + 3.4 * len(columns), 1.2 + 1.5 * config.n_layer), layout="constrained")
     figure.suptitle(title)
     axes = figure.subplots(config.n_layer, len(columns), squeeze=False, sharex="col")
-    both_laws = [laws(config, null) for null in NULLS]
+    both_laws = [laws(config, null, spectra) for null in NULLS]
     for column, (circuit, level) in enumerate(columns):
         chain, mp = (found[circuit][level] for found in both_laws)
-        scaled = spectra[circuit][level]
-        scaled = scaled / np.median(scaled, -1, keepdims=True) * chain.median  # the law's mean is 1
-        seen = scaled[np.isfinite(scaled)]
-        bins = np.geomspace(min(0.05, chain.quantile(0.01)), max(20, 1.5 * seen.max(initial=0)), 60)
-        for layer, ax in enumerate(axes[:, column]):
+        chains = chain.each[0] if circuit == "both" else [chain] * config.n_layer
+        with np.errstate(all="ignore"):
+            scaled = spectra[circuit][level][0]
+            scaled = (
+                scaled / np.median(scaled, -1, keepdims=True) * np.reshape([law.median for law in chains], (-1, 1, 1))
+            )
+        seen = scaled[np.isfinite(scaled) & (scaled > 0)]
+        low, high = (np.quantile(seen, 0.01), seen.max()) if len(seen) else (1, 1)
+        bins = np.geomspace(min(0.05, low), max(20, 1.5 * high), 60)
+        for layer, (ax, chain) in enumerate(zip(axes[:, column], chains, strict=True)):
             values = scaled[layer][np.isfinite(scaled[layer])]
             beyond = values > chain.upper
             weight = 1 / max(1, len(values)) / np.log(bins[1] / bins[0])
             for part, colour, label in ((~beyond, "#56B4E9", "eigenvalues"), (beyond, "#D55E00", "outliers")):
-                ax.hist(values[part], bins, weights=np.full(part.sum(), weight), color=colour, label=label)
+                ax.stairs(weight * np.histogram(values[part], bins)[0], bins, fill=True, color=colour, label=label)
             for law, unit, style, label in (
                 (chain, 1, "k-", "product of Gaussians"),
                 (mp, chain.median / mp.median, "k:", "Marchenko-Pastur"),
@@ -464,10 +508,13 @@ def draw_model(path, config, spectra, title):
                 x, density = law.log_density()
                 ax.plot(unit * x, density, style, linewidth=1, label=f"{label}, and its edge")
                 ax.axvline(unit * law.upper, linestyle=style[1:], color="k", linewidth=1)
-            count = beyond.sum() / len(scaled[layer])
+            count = beyond.sum() * scaled.shape[-1] / max(1, len(values))
             energy = values[beyond].sum() / max(values.sum(), 1e-300)
             per_head = " a head" if level == "heads" else ""
-            ax.set_title(f"layer {layer}: {count:.1f} outliers{per_head}, {energy:.0%} of energy", fontsize=9)
+            told = (
+                f"{count:.1f} outliers{per_head}, {energy:.0%} of energy" if len(values) else "weights are not finite"
+            )
+            ax.set_title(f"layer {layer}: {told}", fontsize=9)
             ax.set(xscale="log", xlim=(bins[0], bins[-1]), yticks=[])
         who = "each head" if level == "heads" else "the heads of a layer together"
         axes[0, column].set_title(f"{circuit}, {who}\n" + axes[0, column].get_title(), fontsize=9)
@@ -482,12 +529,13 @@ def draw_dynamics(path, runs, title):
     from matplotlib.colors import LogNorm, Normalize
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(1.6 + 3.2 * len(runs), 1 + 1.5 * len(DRAWN)), layout="constrained")
+    figure = Figure(figsize=(1.6 + 3.2 * len(runs), 1 + 1.5 * len(DIAGNOSTICS)), layout="constrained")
     figure.suptitle(title)
-    axes = figure.subplots(len(DRAWN), len(runs), squeeze=False, sharex="col")
-    for row, (name, label) in zip(axes, DRAWN.items(), strict=True):
-        grids = [found[name].mean(-1).T for _, _, found in runs]  # (L, S)
-        low, high = (f([f(grid[np.isfinite(grid)]) for grid in grids]) for f in (np.min, np.max))
+    axes = figure.subplots(len(DIAGNOSTICS), len(runs), squeeze=False, sharex="col")
+    for row, (name, (_, _, label)) in zip(axes, DIAGNOSTICS.items(), strict=True):
+        grids = [over_heads(found[name]).T for _, _, found in runs]  # (L, S)
+        seen = np.concatenate([grid[np.isfinite(grid)] for grid in grids])
+        low, high = (seen.min(), seen.max()) if len(seen) else (1, 1)
         norm = LogNorm(low, high) if name == "mp_gap" else Normalize(low, high)
         for ax, grid, (_, steps, _) in zip(row, grids, runs, strict=True):
             image = ax.imshow(grid, norm=norm, origin="lower", aspect="auto", cmap="cividis", interpolation="nearest")
@@ -497,7 +545,7 @@ def draw_dynamics(path, runs, title):
         row[0].set_ylabel("layer")
         figure.colorbar(image, ax=row, label=label)
     for (name, _, found), top, bottom in zip(runs, axes[0], axes[-1], strict=True):
-        spiked = found["outliers"][-1].mean(-1) >= SPIKED
+        spiked = over_heads(found["outliers"][-1]) >= SPIKED
         top.set_title(f"{name}\nat the end, spikes in {layer_list(spiked)}", fontsize=10)
         bottom.set_xlabel("step (one column a snapshot)")
     figure.savefig(path, dpi=120)
@@ -515,9 +563,8 @@ def main():
     dynamics = any(path.is_dir() for path in args.paths)
     if not dynamics and len(args.paths) > 1:
         raise ValueError("give one checkpoint, or one or more run folders: " + " ".join(map(str, args.paths)))
-    out = args.out or (Path(os.path.commonpath(args.paths)) if dynamics else args.paths[0].parent)
-    if not out.is_dir():
-        raise ValueError(f"--out={out}: must be a folder")
+    if args.out and not args.out.is_dir():
+        raise ValueError(f"--out={args.out}: must be a folder")
 
     runs, result = [], []
     for path in args.paths:
@@ -534,7 +581,7 @@ def main():
         diagnosed = {
             null: {
                 c: {level: diagnose(found[c][level], law) for level, law in levels.items()}
-                for c, levels in laws(config, null).items()
+                for c, levels in laws(config, null, found).items()
             }
             for null in NULLS
         }
@@ -553,15 +600,17 @@ def main():
         result.append({"path": str(path), "config": asdict(config), "steps": steps, **plain(diagnosed)})
     if not runs:
         raise ValueError("nothing to show: all of these runs were left out")
+    out = args.out
     if dynamics:
+        out = out or Path(os.path.relpath(os.path.commonpath([path.absolute() for path in args.paths])))
         data, figure = out / "dynamics.json", out / f"dynamics_{args.null}.png"
         draw_dynamics(figure, runs, f"Spikes and rank of each head's W_Q W_K^T in training (null: {args.null})")
     else:
+        out = out or args.paths[0].parent
         data, figure = out / "spectrum.json", out / "spectrum.png"
-        found = {c: {level: values[0] for level, values in levels.items()} for c, levels in found.items()}
         result = result[0] | {"spectra": plain(found)}
-        count, energy = (np.nanmean(chosen["chain"][name]) for name in ("outliers", "outlier_energy"))
-        seen = f"{count:.1f} outliers per head, with {energy:.0%} of the energy"
+        count, energy = (over_heads(chosen["chain"][name].ravel()) for name in ("outliers", "outlier_energy"))
+        seen = f"{count:.1f} outliers per head ({circuit}), with {energy:.0%} of the energy"
         draw_model(figure, config, found, f"Eigenvalues of W_Q W_K^T of {config.attn} at step {steps[0]}: {seen}")
     data.write_text(json.dumps(result))
     print(f"wrote {data} and {figure}")
