@@ -122,8 +122,7 @@ def rotate(x, rope):
     """RoPE: turn each pair (x_i, x_{i + w/2}) of x (..., T, w) by the angles of its position; rope is rotary()'s.
 
     The product q.k of two rotated vectors depends on their positions only through the difference."""
-    cos, sin = (table.to(torch.promote_types(x.dtype, torch.float32)) for table in rope)
-    a, b = x.chunk(2, dim=-1)
+    (cos, sin), (a, b) = rope, x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
 
 
@@ -220,7 +219,7 @@ class Attention(nn.Module):
             v = F.pad(v, (0, self.config.rope_dim))  # fused attention wants values as wide as keys; forward cuts it off
         return k, v
 
-    def absorbed(self, q, rows, scale):
+    def absorbed(self, q, rows, rope, scale):
         """Attention on the latents themselves: q.(c W_UK) = (q W_UK^T).c, and sum p_s (c_s W_UV) = (sum p_s c_s) W_UV.
 
         q (B, H, T, h [+ R]); rows (B, 1, S, cache_width) = [c_v | c_k | k^R], or [c | k^R] if joint -> (B, H, T, h).
@@ -228,10 +227,22 @@ class Attention(nn.Module):
         cut off after: two views of one cache, equally wide as fused attention wants them, and no copy."""
         r, h = self.config.latent_dim, self.config.head_dim
         w_uk, w_uv = self.w_uk.weight.view(-1, h, r), self.w_uv.weight.view(-1, h, r)  # (H, h, r)
-        q = torch.cat((q[..., :h] @ w_uk, q[..., h:]), dim=-1)  # (B, H, T, r [+ R])
+        q = torch.cat((torch.einsum("bhtd,hdr->bhtr", q[..., :h], w_uk), q[..., h:]), dim=-1)  # (B, H, T, r [+ R])
         width = q.size(-1)
         c = attend(q, rows[..., -width:], rows[..., :width], scale)[..., :r]  # (B, H, T, r)
-        return c @ w_uv.transpose(1, 2)
+        return torch.einsum("bhtr,hdr->bhtd", c, w_uv)
+
+    def half_absorbed(self, q, rows, rope, scale):
+        """mla_rope: the rotation stands between W_Q and W_UK, so the keys are made; but the values are not."""
+        r, h = self.config.latent_dim, self.config.head_dim
+        k = rotate(self.heads(self.w_uk(rows[:, 0, :, -r:])), rope)  # (B, H, S, h)
+        scores = q @ k.mT * scale  # (B, H, T, S)
+        T, S = scores.shape[-2:]
+        if T > 1:
+            scores = scores.masked_fill(torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1), -math.inf)
+        p = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+        c = (p.flatten(1, 2) @ rows[:, 0, :, :r]).unflatten(1, p.shape[1:3])  # (B, H, T, r): one latent for all heads
+        return torch.einsum("bhtr,hdr->bhtd", c, self.w_uv.weight.view(-1, h, r))
 
     def forward(self, x, rope, cache=None):
         """x (B, T, d) -> (B, T, d). rope: rotary() of all S positions, the last T of them x's own, or None."""
@@ -243,7 +254,7 @@ class Attention(nn.Module):
             kept, rows = cache.append(self.layer, kept)
         # Absorbing saves expanding S latents, pays with queries r wide instead of h: worth it up to about h queries.
         if cache is not None and cache.absorb and T <= h:
-            y = self.absorbed(q, rows, scale)
+            y = (self.half_absorbed if self.config.attn == "mla_rope" else self.absorbed)(q, rows, rope, scale)
         else:
             k, v = self.expand(kept, rope)
             y = attend(q, k, v, scale, self.config.dropout if self.training else 0.0)[..., :h]
@@ -253,9 +264,10 @@ class Attention(nn.Module):
 class KVCache:
     """What every layer keeps of up to max_len tokens of batch_size sequences. Made by GPT.init_cache."""
 
-    def __init__(self, config, batch_size, max_len, absorb, dtype, device):
+    def __init__(self, config, batch_size, max_len, absorb, dtype, device, rope):
         shape = (config.n_layer, batch_size, config.kv_heads, max_len, config.cache_width)
         self.rows = torch.zeros(shape, dtype=dtype, device=device)
+        self.rope = rope  # of all max_len positions
         self.absorb = absorb
         self.pos = 0  # tokens held
 
@@ -341,6 +353,15 @@ class GPT(nn.Module):
             if weight.dim() == 2:  # the rest are the gains of LayerNorm, which start at 1
                 nn.init.normal_(weight, std=std)
 
+    def rope(self, length):
+        """rotary() of the positions from 0, in the weights' precision, float32 at least; None with a learned table."""
+        config, weight = self.config, self.tokens.weight
+        if config.attn not in ROTARY:
+            return None
+        width = config.rope_dim or config.head_dim
+        tables = rotary(torch.arange(length, device=weight.device), width, config.rope_base)
+        return [table.to(torch.promote_types(weight.dtype, torch.float32)) for table in tables]
+
     def forward(self, idx, targets=None, cache=None):
         """idx (B, T) int64 -> logits, loss.
 
@@ -358,12 +379,9 @@ class GPT(nn.Module):
         if start + T > limit:
             raise ValueError(f"{start + T} tokens do not fit into {place} of {limit}")
         x = self.tokens(idx)
-        rope = None
-        if self.config.attn in ROTARY:
-            dim = self.config.rope_dim or self.config.head_dim
-            rope = rotary(torch.arange(start + T, device=idx.device), dim, self.config.rope_base)
-        else:
+        if self.config.attn not in ROTARY:
             x = x + self.positions.weight[start : start + T]
+        rope = self.rope(T) if cache is None else cache.rope and [table[: start + T] for table in cache.rope]
         x = self.dropout(x)
         for block in self.blocks:
             x = block(x, rope, cache)
@@ -377,8 +395,8 @@ class GPT(nn.Module):
     def init_cache(self, batch_size, max_len=None, absorb=None, dtype=None):
         """An empty KVCache for batch_size sequences of max_len tokens (block_size by default), in dtype (the weights').
 
-        absorb=None absorbs where the variant can. Raises ValueError if absorb=True and it cannot, and if max_len is
-        more than block_size."""
+        absorb=None absorbs what the variant can: of mla_rope the values. Raises ValueError if absorb=True and it cannot
+        absorb its keys, and if max_len is more than block_size."""
         attn, weight = self.config.attn, self.tokens.weight
         max_len = self.config.block_size if max_len is None else max_len
         if max_len > self.config.block_size:
@@ -387,8 +405,9 @@ class GPT(nn.Module):
             raise ValueError("absorb=True: mla_rope rotates its keys between W_UK and W_Q, so these two do not merge")
         if absorb and attn not in ABSORBS:
             raise ValueError(f"absorb=True: {attn} has no latent to absorb into; these have: " + ", ".join(ABSORBS))
-        absorb = attn in ABSORBS if absorb is None else absorb
-        return KVCache(self.config, batch_size, max_len, absorb, dtype or weight.dtype, weight.device)
+        absorb = attn in (*ABSORBS, "mla_rope") if absorb is None else absorb
+        rope = self.rope(max_len)
+        return KVCache(self.config, batch_size, max_len, absorb, dtype or weight.dtype, weight.device, rope)
 
     def kv_bytes_per_token(self, dtype):
         """Bytes that a token takes in the cache of one sequence, all layers together: the table on top as a formula."""
