@@ -131,6 +131,12 @@ def attend(q, k, v, scale, dropout=0.0):
 
     Heads that share keys (G < H) are folded into the query axis, so that each key is read once for all of them."""
     (B, H, T, w), (G, S) = q.shape, k.shape[1:3]
+    if T == S and q.device.type == "cpu" and T <= 1024 and torch.is_grad_enabled():
+        # Training on a CPU: as matrix products, for the fused kernel's backward pass takes longer than they do.
+        q, k, v = q.unflatten(1, (G, -1)) * scale, k.unsqueeze(2), v.unsqueeze(2)  # (B, G, H/G or 1, T, w)
+        scores = q @ k.mT
+        scores = scores + torch.full((T, T), -math.inf, dtype=scores.dtype).triu(1)
+        return (F.dropout(scores.softmax(-1).to(v.dtype), dropout) @ v).flatten(1, 2)
     if T == S:  # training, or a whole prompt: fused kernels know this mask by themselves
         return F.scaled_dot_product_attention(
             q, k, v, dropout_p=dropout, is_causal=T > 1, scale=scale, enable_gqa=G < H
@@ -233,10 +239,13 @@ class Attention(nn.Module):
         return torch.einsum("bhtr,hdr->bhtd", c, w_uv)
 
     def half_absorbed(self, q, rows, rope, scale):
-        """mla_rope: the rotation stands between W_Q and W_UK, so the keys are made; but the values are not."""
+        """mla_rope: the rotation stands between W_Q and W_UK, so the keys are made, piece by piece; the values not.
+
+        q (B, H, T, h); rows (B, 1, S, cache_width); rope of S positions -> (B, H, T, h)."""
         r, h = self.config.latent_dim, self.config.head_dim
-        k = rotate(self.heads(self.w_uk(rows[:, 0, :, -r:])), rope)  # (B, H, S, h)
-        scores = q @ k.mT * scale  # (B, H, T, S)
+        pieces = zip(rows[:, 0, :, -r:].split(256, dim=1), *(table.split(256) for table in rope), strict=True)
+        scores = [q @ rotate(self.heads(self.w_uk(c_k)), tables).mT for c_k, *tables in pieces]
+        scores = torch.cat(scores, dim=-1) * scale  # (B, H, T, S)
         T, S = scores.shape[-2:]
         if T > 1:
             scores = scores.masked_fill(torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1), -math.inf)
@@ -321,6 +330,34 @@ class Block(nn.Module):
         return x + self.dropout(self.mlp(self.norm_2(x)))
 
 
+class CrossEntropy(torch.autograd.Function):
+    """Mean of -log softmax(logits)[target] in nats over the targets that are not -1: logits (N, V), targets (N).
+
+    The gradient is computed along with the loss, some rows at a time: the only other tensor of the logits' size, and in
+    their precision, while the arithmetic is in float32 at least."""
+
+    @staticmethod
+    def forward(ctx, logits, targets):
+        count = (targets >= 0).sum().clamp(min=1)
+        total = 0.0
+        gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
+        for i in range(0, len(logits), 256):
+            rows, wanted = slice(i, i + 256), targets[i : i + 256].clamp(min=0)[:, None]
+            asked = (targets[rows] >= 0)[:, None]
+            log_p = logits[rows].log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+            total = total - (log_p.gather(1, wanted) * asked).sum()
+            if gradient is not None:
+                p = log_p.exp_()
+                p.scatter_add_(1, wanted, -torch.ones_like(wanted, dtype=p.dtype))
+                gradient[rows] = p.mul_(asked / count)
+        ctx.save_for_backward(gradient)
+        return total / count
+
+    @staticmethod
+    def backward(ctx, outer):
+        return ctx.saved_tensors[0] * outer, None
+
+
 class GPT(nn.Module):
     """Embedding, blocks, and the embedding again as output head: the shape of GPT-2, without biases."""
 
@@ -390,7 +427,7 @@ class GPT(nn.Module):
         if targets is None:
             return F.linear(self.norm(x[:, -1:]), self.tokens.weight), None
         logits = F.linear(self.norm(x), self.tokens.weight)
-        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        return logits, CrossEntropy.apply(logits.flatten(0, 1), targets.flatten())
 
     def init_cache(self, batch_size, max_len=None, absorb=None, dtype=None):
         """An empty KVCache for batch_size sequences of max_len tokens (block_size by default), in dtype (the weights').
@@ -481,6 +518,14 @@ def check_device(device):
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device={device}: not available: {str(error).splitlines()[0]}") from error
+
+
+def fast_bfloat16(device):
+    """Does this device multiply matrices faster in bfloat16 than in float32?"""
+    if device.startswith("cuda"):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
 
 
 def load_checkpoint(path, device="cpu"):

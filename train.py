@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data.prepare import DATA, Parser, load_data, load_tokenizer, prepare, run
-from model import ATTN, FORMAT, GPT, GPTConfig, check_device, load_checkpoint, tell
+from model import ATTN, FORMAT, GPT, GPTConfig, check_device, fast_bfloat16, load_checkpoint, tell
 from spectrum import snapshot
 
 SIZES = {  # the shape of a model, and the training that suits it
@@ -74,21 +74,13 @@ class Options:
                 setattr(self, name, SIZES[self.size][name])
         self.eval_interval = self.eval_interval if self.eval_interval is not None else max(1, self.steps // 10)
         self.compile = on_cuda if self.compile is None else self.compile
-        self.dtype = self.dtype or ("bfloat16" if fast_bfloat16(on_cuda) else "float32")
+        self.dtype = self.dtype or ("bfloat16" if fast_bfloat16(self.device) else "float32")
         for name in ("steps", "batch_size", "grad_accum", "eval_interval", "eval_steps", "lr", "grad_clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"--{name}={getattr(self, name)}: must be above 0")
         for name, most in (("warmup", 1), ("weight_decay", math.inf), ("seed", 2**32)):
             if not 0 <= getattr(self, name) < most:
                 raise ValueError(f"--{name}={getattr(self, name)}: must be at least 0 and below {most}")
-
-
-def fast_bfloat16(on_cuda):
-    """Does this machine multiply matrices faster in bfloat16 than in float32?"""
-    if on_cuda:
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
 
 
 MODEL_HELP = {

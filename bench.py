@@ -1,0 +1,434 @@
+"""What attention costs: the KV cache in bytes, decoding and training in tokens per second, and how near that comes to
+what the machine can do.
+
+    python bench.py                                      every variant, freshly initialised, in the 30m shape
+    python bench.py out/ckpt.pt out/joint/ckpt.pt        trained models: their loss beside their cost
+    python bench.py --attn mha mla_decoupled --batch 1 8 64 --context 512 8192
+    python bench.py --train                              training as well
+    python bench.py --table bench.json                   the tables of an earlier run once more, in Markdown
+
+A decode step has to read all weights and the cache once, and to multiply with them. The time that the slower of the two
+would take at this machine's own speed, measured in the same run, is the roofline; "roofline" is its share of the time
+that was taken. "expanded" makes keys and values of all cached latents at every step; "absorbed" attends to the latents
+(mla_rope has to make its keys). Tokens per second are those of all sequences of the batch together.
+"""
+
+import json
+import os
+import platform
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from data.prepare import Parser, run
+from model import ATTN, GPT, ROTARY, GPTConfig, check_device, fast_bfloat16, load_checkpoint
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+COLOURS = dict(mha="k", mha_rope="#999999", gqa="#E69F00", mla="#56B4E9", mla_rope="#009E73") | {
+    "mla_prerope": "#CC79A7",
+    "mla_decoupled": "#D55E00",
+}
+
+SHAPES = {"tiny": dict(n_layer=4, n_head=4, n_embd=256), "30m": dict(n_layer=9, n_head=8, n_embd=512)} | {
+    "124m": dict(n_layer=12, n_head=12, n_embd=768),
+    "200m": dict(n_layer=12, n_head=16, n_embd=1024),
+}
+VARIANTS = (  # attn, rank, joint
+    *(("mha", None, False), ("mha_rope", None, False)),
+    *(("gqa", rank, False) for rank in (1 / 2, 1 / 4, 1 / 8)),
+    *(("mla", 1.0, False), ("mla", 1 / 2, False), ("mla", 1 / 2, True)),
+    *(("mla_rope", rank, False) for rank in (1.0, 1 / 2, 1 / 4, 1 / 8)),
+    *(("mla_rope", 1 / 2, True), ("mla_prerope", 1.0, False), ("mla_prerope", 1 / 2, False)),
+    *(("mla_decoupled", rank, joint) for joint in (False, True) for rank in (1.0, 1 / 2, 1 / 4, 1 / 8)),
+)
+COLUMNS = {  # key of a row: heading, format, what it is
+    "parameters": ("params", "{:,.1f}M", "parameters, in millions, without a table of positions"),
+    "kv_bytes": ("KV B/tok", "{:,.0f}", "bytes of cache per token, as allocated"),
+    "cut": ("cut", "{:.0%}", "of the cache, against mha"),
+    "expanded": ("expanded", "{:,.0f}", "decoded tokens/s, making keys and values of all latents at every step"),
+    "absorbed": ("absorbed", "{:,.0f}", "decoded tokens/s, attending to latents"),
+    "spread": (
+        "spread",
+        "±{:.0%}",
+        "half the distance between the quartiles of a step's times; this and what follows "
+        "is of the faster of the two ways",
+    ),
+    "to_mha": ("/ mha", "{:.2f}", "tokens/s over those of mha"),
+    "to_full": ("/ rank 1", "{:.2f}", "tokens/s over those of the same variant at rank 1"),
+    "gb": ("GB/s", "{:.1f}", "weights and cache, read once a step"),
+    "gflop": ("GFLOP/s", "{:,.0f}", "of matrix products"),
+    "roofline": ("roofline", "{:.0%}", "share of what this machine could do"),
+    "train": ("train", "{:,.0f}", "trained tokens/s, with --train"),
+    "to_float32": ("/ float32", "{:.2f}", "trained tokens/s over those in plain float32"),
+    "val_loss": ("val", "{:.4f}", "validation loss, nats per token"),
+    "excess": ("excess", "{:.4f}", "of it over the floor"),
+    "loss_to_mha": ("vs mha", "{:+.1%}", "of it against mha"),
+}
+
+
+# What the machine can do ----------------------------------------------------------------------------------------------
+
+
+def seconds(function, device, repeats):
+    """Times of `repeats` calls, after two to warm up; of fewer, but three with the warm-up, if they take over 2 s."""
+    times = []
+    while len(times) < repeats + 2 and (len(times) < 3 or sum(times) < 2):
+        if device.startswith("cuda"):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            function()
+            end.record()
+            torch.cuda.synchronize()
+            times.append(begin.elapsed_time(end) / 1000)
+        else:
+            begin = time.perf_counter()
+            function()
+            times.append(time.perf_counter() - begin)
+    return np.array(times[min(2, len(times) - 2) :])
+
+
+def ceilings(device, dtype):
+    """Bytes/s read from memory, and FLOP/s of a matrix product: the best of several tries."""
+    numbers = torch.ones(2**27 if device == "cpu" else 2**30, device=device)
+    bandwidth = numbers.nbytes / seconds(numbers.sum, device, 5).min()
+    size = 2048 if device == "cpu" else 8192
+    a = torch.randn(size, size, device=device).to(dtype)
+    return bandwidth, 2 * size**3 / seconds(lambda: a @ a, device, 5).min()
+
+
+def machine(device):
+    """In words."""
+    if device.startswith("cuda"):
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{torch.get_num_threads()} threads on {name}, torch {torch.__version__}"
+
+
+# What a variant costs -------------------------------------------------------------------------------------------------
+
+
+def decode_cost(config, parameters, batch, context, itemsize, absorbed):
+    """Bytes that a decode step has to read, and FLOPs that it has to do, for `context` tokens attended to.
+
+    Weights and cache count once; of the table of positions, if there is one, a row."""
+    d, h, H, L = config.n_embd, config.head_dim, config.n_head, config.n_layer
+    r, R = config.rank and config.latent_dim, config.rope_dim or 0
+    if config.attn in ("mha", "mla"):
+        parameters -= config.block_size * d
+    rows = L * batch * context
+    if not config.attn.startswith("mla"):
+        flops = 2 * H * (h + h)
+    elif not absorbed:  # keys and values are made, then compared and added up
+        flops = 2 * 2 * r * d + 2 * H * (h + R + h)
+    elif config.attn == "mla_rope":
+        flops = 2 * r * d + 2 * H * (h + r)
+    else:
+        flops = 2 * H * (r + R + r)
+    read = itemsize * (parameters + rows * config.kv_heads * config.cache_width)
+    return read, 2 * parameters * batch + rows * flops
+
+
+def name_of(row):
+    rank = f" 1/{round(1 / row['rank'])}" if row["rank"] and (1 / row["rank"]).is_integer() else f" {row['rank']}"
+    return row["attn"] + (rank if row["rank"] else "") + (" joint" if row["joint"] else "")
+
+
+def check_memory(config, batch, context, itemsize, device):
+    """Raise ValueError, before anything is allocated, if the weights, made in float32, and the cache will not fit."""
+    with torch.device("meta"):
+        weights = sum(p.numel() for p in GPT(config).parameters())
+    cache = config.n_layer * batch * context * config.kv_heads * config.cache_width * itemsize
+    needed = 1.2 * (weights * (4 + itemsize) + cache)
+    if device.startswith("cuda"):
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > free:
+        raise ValueError(
+            f"--batch={batch} --context={context}: {config.attn} would need {needed / 1e9:.1f} GB on {device}, where "
+            f"{free / 1e9:.1f} GB are free; choose less"
+        )
+
+
+@torch.no_grad()
+def decode(model, batch, context, absorb, device, repeats):
+    """Time a step that decodes one token for each sequence with `context` tokens cached: its seconds, repeat by repeat,
+    and the cache's bytes per token."""
+    cache = model.init_cache(batch, context + 1, absorb)
+    cache.rows.normal_()
+    token = torch.zeros(batch, 1, dtype=torch.long, device=device)
+
+    def step():
+        cache.pos = context
+        token.copy_(model(token, cache=cache)[0].argmax(-1))
+
+    return seconds(step, device, repeats), cache.nbytes / (batch * (context + 1))
+
+
+def train(config, dtype, device, batch=32, context=128, repeats=5):
+    """Trained tokens/s: forward, backward, AdamW."""
+    model = GPT(config).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    tokens = torch.randint(config.vocab_size, (batch, context + 1), device=device)
+
+    def step():
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            loss = model(tokens[:, :-1], tokens[:, 1:])[1]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return batch * context / np.median(seconds(step, device, repeats))
+
+
+def measure(model, dtype, batch, context, device, machine, repeats):
+    """A row of the table: what one model costs at one batch and context."""
+    config = model.config
+    parameters = sum(p.numel() for p in model.parameters())
+    if config.attn not in ROTARY:
+        parameters -= model.positions.weight.numel()
+    row = {"attn": config.attn, "rank": config.rank, "joint": config.joint, "parameters": parameters / 1e6}
+    row |= {"batch": batch, "context": context, "dtype": str(dtype)[6:], "device": device}
+    best = None
+    for way in ("expanded", "absorbed"):
+        if way == "absorbed" and not config.attn.startswith("mla"):
+            continue
+        absorb = None if way == "absorbed" else False
+        times, row["kv_bytes"] = decode(model, batch, context, absorb, device, repeats)
+        row[way] = batch / np.median(times)
+        if best is None or np.median(times) < np.median(best[0]):
+            best = times, way == "absorbed"
+    times, absorbed = best
+    taken = np.median(times)
+    read, flops = decode_cost(config, parameters, batch, context, dtype.itemsize, absorbed)
+    row["spread"] = (np.quantile(times, 0.75) - np.quantile(times, 0.25)) / 2 / taken
+    row["gb"], row["gflop"] = read / taken / 1e9, flops / taken / 1e9
+    row["roofline"] = max(read / machine["bytes_per_s"], flops / machine["flop_per_s"]) / taken
+    if row["kv_bytes"] != model.kv_bytes_per_token(dtype):
+        raise RuntimeError(f"{name_of(row)}: {row['kv_bytes']} bytes per token, not what the formula says")
+    return row
+
+
+def compare(rows):
+    """Add the columns that relate rows to mha and to rank 1, at the same batch, context, dtype and device."""
+    for row in rows:
+        alike = [r for r in rows if all(r[k] == row[k] for k in ("batch", "context", "dtype", "device"))]
+        fastest = {id(r): max(r["expanded"], r.get("absorbed") or 0) for r in alike}
+        for r in alike:
+            if r["attn"] == "mha" or r["attn"] == "mha_rope" and not any(x["attn"] == "mha" for x in alike):
+                row["cut"] = 1 - row["kv_bytes"] / r["kv_bytes"]
+                row["to_mha"] = fastest[id(row)] / fastest[id(r)]
+                if row.get("val_loss") and r.get("val_loss"):
+                    row["loss_to_mha"] = row["val_loss"] / r["val_loss"] - 1
+            if row["rank"] and (r["attn"], r["rank"], r["joint"]) == (row["attn"], 1.0, row["joint"]):
+                row["to_full"] = fastest[id(row)] / fastest[id(r)]
+    return rows
+
+
+# What a reader sees ---------------------------------------------------------------------------------------------------
+
+
+def cells(rows, columns):
+    """Headings and rows as strings: the name of the variant, and the columns that hold anything."""
+    columns = [c for c in columns if any(row.get(c) is not None for row in rows)]
+    lines = [["attn", *(COLUMNS[c][0] for c in columns)]]
+    for row in rows:
+        told = [COLUMNS[c][1].format(row[c]) if row.get(c) is not None else "" for c in columns]
+        lines.append([row.get("name") or name_of(row), *told])
+    return lines
+
+
+def tables(report, columns, markdown=False):
+    """The report that bench.json holds, as text: a table for each device, dtype, batch and context."""
+    text = []
+    for group in dict.fromkeys((r["device"], r["dtype"], r["batch"], r["context"]) for r in report["rows"]):
+        device, dtype, batch, context = group
+        rows = [r for r in report["rows"] if (r["device"], r["dtype"], r["batch"], r["context"]) == group]
+        machine = report["machines"][f"{device} {dtype}"]
+        text.append(
+            f"{context:,} tokens cached, batch {batch}, {dtype}; {machine['name']}: "
+            f"{machine['bytes_per_s'] / 1e9:.1f} GB/s, {machine['flop_per_s'] / 1e9:,.0f} GFLOP/s"
+        )
+        lines = cells(rows, columns)
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        lines = [
+            [
+                cell.ljust(width) if i == 0 else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+            ]
+            for line in lines
+        ]
+        if markdown:
+            lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
+            text.append("\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n")
+        else:
+            text.append("\n".join("  ".join(line) for line in lines) + "\n")
+    return "\n".join(text)
+
+
+def advice(rows):
+    """What the longest context says, in words."""
+    rows = [r for r in rows if r["context"] == max(r["context"] for r in rows)]
+    rows = [
+        r
+        for r in rows
+        if (r["device"], r["dtype"], r["batch"]) == (rows[-1]["device"], rows[-1]["dtype"], rows[-1]["batch"])
+    ]
+
+    def speed(row):
+        return max(row["expanded"], row.get("absorbed") or 0)
+
+    fastest, smallest = max(rows, key=speed), min(rows, key=lambda row: row["kv_bytes"])
+    lines = []
+    for what, row in (("fastest", fastest), ("smallest cache", smallest)):
+        against = f", {row['to_mha']:.1f} times mha" if row.get("to_mha") else ""
+        lines.append(
+            f"{what}: {name_of(row)}, {speed(row):,.0f} tokens/s{against}, {row['kv_bytes']:,.0f} bytes per token"
+        )
+    return f"with {rows[0]['context']:,} tokens cached, batch {rows[0]['batch']}:\n  " + "\n  ".join(lines)
+
+
+def draw(path, report):
+    """Speed against context, and, of trained models, loss against cache."""
+    from matplotlib.figure import Figure
+
+    rows = report["rows"]
+    rows = [
+        r
+        for r in rows
+        if (r["device"], r["dtype"], r["batch"]) == (rows[0]["device"], rows[0]["dtype"], rows[0]["batch"])
+    ]
+    trained = any(row.get("val_loss") for row in rows)
+    figure = Figure(figsize=(12 if trained else 7.5, 4.5), layout="constrained")
+    axes = figure.subplots(1, 2 if trained else 1, squeeze=False)[0]
+    shown = dict.fromkeys(r.get("name") or name_of(r) for r in rows if trained or r["rank"] in (None, 0.5))
+    for name in shown:
+        mine = sorted((r for r in rows if (r.get("name") or name_of(r)) == name), key=lambda r: r["context"])
+        style = dict(
+            color=COLOURS[mine[0]["attn"]], linestyle="--" if mine[0]["joint"] else "-", marker="o", label=name
+        )
+        axes[-1].plot([r["context"] for r in mine], [max(r["expanded"], r.get("absorbed") or 0) for r in mine], **style)
+        if trained:
+            axes[0].plot([mine[0]["kv_bytes"]], [mine[0].get("excess") or mine[0]["val_loss"]], **style)
+    axes[-1].set(xscale="log", yscale="log", xlabel="tokens cached", ylabel="decoded tokens/s, the faster way")
+    axes[-1].set_title(f"Decoding, batch {rows[0]['batch']}, {rows[0]['dtype']}: the cost of a long context")
+    contexts = sorted({r["context"] for r in rows})
+    axes[-1].set_xticks(contexts, [f"{c:,}" for c in contexts])
+    axes[-1].minorticks_off()
+    if trained:
+        axes[0].set(xlabel="KV cache, bytes per token", ylabel="nats per token over the floor", xscale="log")
+        axes[0].set_title("Loss against cache: lower left is better")
+    axes[-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, dpi=120)
+
+
+def build(config, dtype, device):
+    torch.manual_seed(0)
+    with torch.device(device):
+        return GPT(config).to(dtype).eval()
+
+
+def main():
+    parser = Parser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("checkpoints", nargs="*", help="of train.py; none: every variant, freshly initialised")
+    parser.add_argument("--attn", nargs="+", choices=ATTN, default=ATTN, metavar="ATTN", help="variants (all)")
+    parser.add_argument("--size", choices=SHAPES, default="30m", help="shape of fresh models (%(default)s)")
+    parser.add_argument("--batch", nargs="+", type=int, default=[8], help="sequences decoded at once (8)")
+    parser.add_argument("--context", nargs="+", type=int, help="tokens cached (512 and 4096; a checkpoint's own)")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="of weights and cache (bfloat16 where it is fast)")
+    parser.add_argument("--device", nargs="+", help="cpu, cuda, ... (cuda where there is one)")
+    parser.add_argument("--repeats", type=int, default=7, help="steps timed (%(default)s)")
+    parser.add_argument("--train", action="store_true", help="measure training too: tiny shape, batch 32, context 128")
+    parser.add_argument(
+        "--columns", nargs="+", choices=COLUMNS, default=COLUMNS, metavar="COLUMN", help="of: " + ", ".join(COLUMNS)
+    )
+    parser.add_argument("--out", type=Path, default=Path("."), help="folder for bench.json and bench.png (here)")
+    parser.add_argument(
+        "--table", type=Path, metavar="FILE", help="print the tables of a bench.json in Markdown, and stop"
+    )
+    args = parser.parse_args()
+    if args.table:
+        try:
+            print(tables(json.loads(args.table.read_text()), args.columns, markdown=True))
+        except (OSError, KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"--table={args.table}: cannot be read as a bench.json: {error!r}") from error
+        return
+    for name in ("batch", "context", "repeats"):
+        if any(n < 1 for n in np.ravel(getattr(args, name) or 1)):
+            raise ValueError(f"--{name}: must be at least 1")
+    if not args.out.is_dir():
+        raise ValueError(f"--out={args.out}: must be a folder")
+    devices = args.device or ["cuda" if torch.cuda.is_available() else "cpu"]
+    for device in devices:
+        check_device(device)
+    loaded = {path: load_checkpoint(path) for path in args.checkpoints}
+    contexts = args.context or (
+        [512, 4096] if not loaded else [min(m.config.block_size for m, _ in loaded.values()) - 1]
+    )
+    for path, (model, _) in loaded.items():
+        if max(contexts) >= model.config.block_size:
+            raise ValueError(
+                f"--context={max(contexts)}: {path} has a context of {model.config.block_size}, the new token included"
+            )
+    jobs = []
+    for device in devices:
+        for dtype in args.dtype or ["bfloat16" if fast_bfloat16(device) else "float32"]:
+            if loaded:
+                jobs += [(device, DTYPES[dtype], path, model.config) for path, (model, _) in loaded.items()]
+            else:
+                shape = dict(SHAPES[args.size], block_size=max(contexts) + 1, vocab_size=4096)
+                jobs += [
+                    (device, DTYPES[dtype], None, GPTConfig(attn=attn, rank=rank, joint=joint, **shape))
+                    for attn, rank, joint in VARIANTS
+                    if attn in args.attn
+                ]
+    for device, dtype, _, config in jobs:
+        check_memory(config, max(args.batch), max(contexts), dtype.itemsize, device)
+
+    report = {
+        "command": " ".join(["python", *map(os.path.basename, sys.argv[:1]), *sys.argv[1:]]),
+        "machines": {},
+        "rows": [],
+    }
+    for device, dtype, path, config in (bar := tqdm(jobs, leave=False)):
+        key = f"{device} {str(dtype)[6:]}"
+        if key not in report["machines"]:
+            bytes_per_s, flop_per_s = ceilings(device, dtype)
+            report["machines"][key] = {"name": machine(device), "bytes_per_s": bytes_per_s, "flop_per_s": flop_per_s}
+        model = loaded[path][0].to(device, dtype) if path else build(config, dtype, device)
+        about = {}
+        if path:
+            checkpoint = loaded[path][1]
+            val_loss, floor = checkpoint.get("val_loss"), checkpoint.get("floor")
+            about = {"name": str(path), "val_loss": val_loss, "excess": floor and val_loss - floor}
+        if args.train:
+            small = GPTConfig(
+                **asdict(config) | SHAPES["tiny"] | {"block_size": 128, "vocab_size": 4096, "rope_dim": None}
+            )
+            about["train"] = train(small, dtype, device)
+            about["to_float32"] = about["train"] / train(small, torch.float32, device)
+        for batch in args.batch:
+            for context in contexts:
+                bar.set_postfix_str(f"{path or config.attn} {context}")
+                row = measure(model, dtype, batch, context, device, report["machines"][key], args.repeats)
+                report["rows"].append(row | about)
+        del model
+    compare(report["rows"])
+    print(tables(report, args.columns))
+    print(advice(report["rows"]))
+    (args.out / "bench.json").write_text(json.dumps(report, indent=1, default=float))
+    draw(args.out / "bench.png", report)
+    print(f"wrote {args.out / 'bench.json'} and {args.out / 'bench.png'}")
+
+
+if __name__ == "__main__":
+    run(main)
