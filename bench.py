@@ -18,7 +18,7 @@ import os
 import platform
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -119,22 +119,20 @@ def machine(device):
 def decode_cost(config, parameters, batch, context, itemsize, absorbed):
     """Bytes that a decode step has to read, and FLOPs that it has to do, for `context` tokens attended to.
 
-    Weights and cache count once; of the table of positions, if there is one, a row."""
+    Weights and cache count once; parameters are those without a table of positions, of which a step reads one row."""
     d, h, H, L = config.n_embd, config.head_dim, config.n_head, config.n_layer
     r, R = config.rank and config.latent_dim, config.rope_dim or 0
-    if config.attn in ("mha", "mla"):
-        parameters -= config.block_size * d
-    rows = L * batch * context
+    expand = 0  # FLOPs per cached token and layer, to make what is not cached of all but the new token
     if not config.attn.startswith("mla"):
-        flops = 2 * H * (h + h)
-    elif not absorbed:  # keys and values are made, then compared and added up
-        flops = 2 * 2 * r * d + 2 * H * (h + R + h)
+        attend = 2 * H * (h + h)
+    elif not absorbed:
+        attend, expand = 2 * H * (h + R + h), 2 * 2 * r * d
     elif config.attn == "mla_rope":
-        flops = 2 * r * d + 2 * H * (h + r)
+        attend, expand = 2 * H * (h + r), 2 * r * d
     else:
-        flops = 2 * H * (r + R + r)
-    read = itemsize * (parameters + rows * config.kv_heads * config.cache_width)
-    return read, 2 * parameters * batch + rows * flops
+        attend = 2 * H * (r + R + r)
+    read = itemsize * (parameters + L * batch * context * config.kv_heads * config.cache_width)
+    return read, 2 * parameters * batch + L * batch * (context * attend + (context - 1) * expand)
 
 
 def name_of(row):
@@ -347,7 +345,7 @@ def main():
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="of weights and cache (bfloat16 where it is fast)")
     parser.add_argument("--device", nargs="+", help="cpu, cuda, ... (cuda where there is one)")
     parser.add_argument("--repeats", type=int, default=7, help="steps timed (%(default)s)")
-    parser.add_argument("--train", action="store_true", help="measure training too: tiny shape, batch 32, context 128")
+    parser.add_argument("--train", action="store_true", help="measure training too: batch 32, context 128")
     parser.add_argument(
         "--columns", nargs="+", choices=COLUMNS, default=COLUMNS, metavar="COLUMN", help="of: " + ", ".join(COLUMNS)
     )
@@ -389,7 +387,7 @@ def main():
                 jobs += [
                     (device, DTYPES[dtype], None, GPTConfig(attn=attn, rank=rank, joint=joint, **shape))
                     for attn, rank, joint in VARIANTS
-                    if attn in args.attn
+                    if attn in args.attn and not (attn == "gqa" and rank * shape["n_head"] < 1)
                 ]
     for device, dtype, _, config in jobs:
         check_memory(config, max(args.batch), max(contexts), dtype.itemsize, device)
@@ -411,11 +409,9 @@ def main():
             val_loss, floor = checkpoint.get("val_loss"), checkpoint.get("floor")
             about = {"name": str(path), "val_loss": val_loss, "excess": floor and val_loss - floor}
         if args.train:
-            small = GPTConfig(
-                **asdict(config) | SHAPES["tiny"] | {"block_size": 128, "vocab_size": 4096, "rope_dim": None}
-            )
-            about["train"] = train(small, dtype, device)
-            about["to_float32"] = about["train"] / train(small, torch.float32, device)
+            short = replace(config, block_size=128)
+            about["train"] = train(short, dtype, device)
+            about["to_float32"] = about["train"] / train(short, torch.float32, device)
         for batch in args.batch:
             for context in contexts:
                 bar.set_postfix_str(f"{path or config.attn} {context}")

@@ -1,0 +1,226 @@
+"""The byte and FLOP counts, the tables, and what can be typed wrongly. No speed is asserted anywhere."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import bench
+from data.prepare import run
+from model import ABSORBS, ATTN, FORMAT, GPT, GPTConfig
+
+SHAPE = dict(n_layer=2, n_head=4, n_embd=32, vocab_size=16, block_size=64)
+MACHINE = {"name": "a machine", "bytes_per_s": 1e9, "flop_per_s": 1e10}
+
+
+def config_of(attn, rank=0.5, joint=False):
+    ranks = {} if attn.startswith("mha") else {"rank": rank}
+    return GPTConfig(attn=attn, joint=joint, **ranks, **SHAPE)
+
+
+@given(
+    attn=st.sampled_from(ATTN),
+    rank=st.sampled_from([0.25, 0.5, 1.0]),
+    joint=st.booleans(),
+    batch=st.integers(1, 5),
+    context=st.integers(2, 60),
+)
+@settings(max_examples=60, deadline=None)
+def test_the_cost_of_a_step_is_what_it_reads_and_multiplies(attn, rank, joint, batch, context):
+    """Bytes: weights and filled cache, as allocated. FLOPs: what PyTorch counts in the products of a real step."""
+    config = config_of(attn, rank, joint and attn in ("mla", "mla_rope", "mla_decoupled"))
+    model = GPT(config).eval()
+    parameters = sum(p.numel() for name, p in model.named_parameters() if "positions" not in name)
+    for absorbed in (False, True) if attn.startswith("mla") else (False,):
+        cache = model.init_cache(batch, context, None if absorbed else False)
+        read, flops = bench.decode_cost(config, parameters, batch, context, 4, absorbed)
+        assert read == 4 * parameters + cache.nbytes
+        cache.pos = context - 1
+        with torch.no_grad(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            model(torch.zeros(batch, 1, dtype=torch.long), cache=cache)
+        gains = sum(
+            p.numel() for p in model.parameters() if p.dim() == 1
+        )  # of LayerNorm: counted as if multiplied with
+        padding = 2 * config.n_head * (config.rope_dim or 0)  # values are made as wide as keys for fused attention
+        assert flops == counter.get_total_flops() + 2 * batch * gains - config.n_layer * batch * context * padding
+
+
+@pytest.mark.parametrize("attn", ATTN)
+def test_a_row_holds_what_was_allocated(attn):
+    model = GPT(config_of(attn)).eval()
+    row = bench.measure(model, torch.float32, 2, 8, "cpu", MACHINE, repeats=2)
+    cache = model.init_cache(3, 5)
+    assert row["kv_bytes"] == cache.nbytes / 15 == model.kv_bytes_per_token(torch.float32)
+    assert row["expanded"] > 0 and (row.get("absorbed") is not None) == attn.startswith("mla")
+    assert row["gb"] > 0 and row["roofline"] > 0
+
+
+def test_decoding_allocates_nothing_that_grows_with_the_steps():
+    """As many tensors after 40 steps as after 10, and the cache where it was."""
+    model = GPT(config_of("mla_decoupled")).eval()
+    cache = model.init_cache(2, 60)
+    place, token = cache.rows.data_ptr(), torch.zeros(2, 1, dtype=torch.long)
+
+    def alive():
+        import gc
+
+        gc.collect()
+        return sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
+
+    counts = []
+    with torch.no_grad():
+        for step in range(41):
+            token.copy_(model(token, cache=cache)[0].argmax(-1))
+            if step in (10, 40):
+                counts.append(alive())
+    assert counts[0] == counts[1] and cache.rows.data_ptr() == place and cache.pos == 41
+
+
+def report():
+    row = dict(
+        batch=8, context=512, dtype="bfloat16", device="cpu", rank=None, joint=False, gb=5.0, gflop=20.0, roofline=0.4
+    )
+    rows = [
+        row | dict(attn="mha", parameters=30.4, kv_bytes=18432, expanded=300.0, spread=0.02, val_loss=2.0),
+        row | dict(attn="mla", rank=1.0, parameters=35.1, kv_bytes=18432, expanded=80.0, absorbed=200.0, spread=0.01),
+        row | dict(attn="mla", rank=0.5, parameters=30.4, kv_bytes=9216, expanded=90.0, absorbed=330.0, val_loss=2.1),
+        row | dict(attn="mla", rank=0.5, parameters=30.4, kv_bytes=9216, expanded=9.0, absorbed=33.0, context=4096),
+    ]
+    return {"command": "python bench.py", "machines": {"cpu bfloat16": MACHINE}, "rows": bench.compare(rows)}
+
+
+def test_rows_are_compared_with_mha_and_rank_one_of_their_own_group():
+    mha, full, half, alone = report()["rows"]
+    assert (mha["cut"], mha["to_mha"], mha["loss_to_mha"]) == (0, 1, 0)
+    assert half["cut"] == 0.5 and half["to_mha"] == 1.1 and half["to_full"] == 1.65
+    assert half["loss_to_mha"] == pytest.approx(0.05) and full["to_full"] == 1
+    assert not {"cut", "to_mha", "to_full"} & alone.keys()
+
+
+def test_tables_line_up_and_markdown_is_markdown():
+    text = bench.tables(report(), bench.COLUMNS)
+    first, second = text.strip().split("\n\n")
+    assert first.startswith("512 tokens cached, batch 8, bfloat16; a machine: 1.0 GB/s, 10 GFLOP/s")
+    lines = first.split("\n")[1:]
+    assert len(lines) == 4 and len({len(line) for line in lines}) == 1
+    assert "train" not in first and "excess" not in first  # no column without a number
+    assert lines[3].split() == "mla 1/2 30.4M 9,216 50% 90 330 1.10 1.65 5.0 20 40% 2.1000 +5.0%".split()
+    lines = bench.tables(report(), ["kv_bytes", "cut"], markdown=True).split("\n")
+    assert lines[2:6] == [
+        "| attn    | KV B/tok | cut |",
+        "| ------- | -------: | --: |",
+        "| mha     |   18,432 |  0% |",
+        "| mla 1/1 |   18,432 |  0% |",
+    ]
+
+
+@pytest.fixture
+def script(monkeypatch, capsys, tmp_path):
+    """Run bench.py on small shapes -> exit status, stdout, stderr."""
+    monkeypatch.setitem(bench.SHAPES, "30m", dict(n_layer=1, n_head=8, n_embd=64))
+    monkeypatch.setitem(bench.SHAPES, "tiny", dict(n_layer=1, n_head=2, n_embd=16))
+    monkeypatch.setattr(bench, "ceilings", lambda device, dtype: (1e10, 1e11))
+
+    def script(*arguments):
+        monkeypatch.setattr(sys, "argv", ["bench.py", f"--out={tmp_path}", *map(str, arguments)])
+        try:
+            status = run(bench.main)
+        except SystemExit as stop:
+            status = stop.code
+        return status or 0, *capsys.readouterr()
+
+    return script
+
+
+def test_all_variants_are_measured_and_the_table_comes_back_from_its_file(script, tmp_path):
+    status, out, err = script("--context", 4, 8, "--batch", 2, "--repeats=2", "--dtype", "float32", "--train")
+    assert status == 0 and "fastest" in out and "smallest cache" in out
+    report = json.loads((tmp_path / "bench.json").read_text())
+    assert len(report["rows"]) == 2 * len(bench.VARIANTS) and {r["attn"] for r in report["rows"]} == set(ATTN)
+    assert all(r["train"] > 0 and r["to_float32"] > 0 for r in report["rows"])
+    joint = next(r for r in report["rows"] if r["attn"] == "mla_decoupled" and r["joint"] and r["rank"] == 0.5)
+    assert joint["cut"] == pytest.approx(1 - (32 + 4) / 128)
+    assert (tmp_path / "bench.png").stat().st_size > 10000
+    status, markdown, err = script(f"--table={tmp_path / 'bench.json'}")
+    assert status == 0 and markdown.count("\n| mla_decoupled 1/2 joint ") == 2
+
+
+def save(path, attn, val_loss, **changes):
+    model = GPT(config_of(attn))
+    checkpoint = {"format": FORMAT, "config": vars(model.config), "model": model.state_dict()}
+    torch.save(checkpoint | {"step": 3, "val_loss": val_loss, "floor": 0.5} | changes, path)
+    return path
+
+
+def test_checkpoints_bring_their_loss(script, tmp_path):
+    paths = [save(tmp_path / f"{attn}.pt", attn, loss) for attn, loss in (("mha", 1.0), ("mla", 1.25))]
+    status, out, err = script(*paths, "--dtype", "float32", "--repeats=2")
+    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert status == 0 and [row["excess"] for row in rows] == [0.5, 0.75] and rows[1]["loss_to_mha"] == 0.25
+    assert rows[0]["context"] == SHAPE["block_size"] - 1 and str(paths[1]) in out
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["--attn=mlx"], "invalid choice"),
+        (["--columns=speed"], "invalid choice"),
+        (["--device=tpu"], "--device=tpu"),
+        (["--batch=0"], "--batch: must be at least 1"),
+        (["--batch=100000000", "--context=1000000"], "would need"),
+        (["--out=/nowhere"], "--out=/nowhere: must be a folder"),
+        (["nothing.pt"], "no such file"),
+        (["--table=nothing.json"], "cannot be read"),
+        (["--repeats=x"], "invalid int"),
+    ],
+)
+def test_wrong_input_ends_in_one_line(arguments, says, script):
+    status, out, err = script(*arguments)
+    assert status == 2 and says in err and err.count("\n") == 1 and err.startswith("bench.py: ")
+
+
+def test_a_context_that_a_checkpoint_does_not_have_is_refused(script, tmp_path):
+    status, out, err = script(save(tmp_path / "a.pt", "mla", 1.0), "--context=64")
+    assert status == 2 and "has a context of 64" in err
+    (tmp_path / "broken.json").write_text('{"rows": [{}]}')
+    status, out, err = script(f"--table={tmp_path / 'broken.json'}")
+    assert status == 2 and "cannot be read as a bench.json" in err
+
+
+@given(values=st.lists(st.floats(0.1, 10), min_size=2, max_size=5), wanted=st.integers(0, 4))
+@settings(max_examples=30, deadline=None)
+def test_the_loss_and_its_gradient_are_those_of_pytorch(values, wanted):
+    """In float64 and with some targets left out; in bfloat16 the loss is that of the rounded logits."""
+    from model import CrossEntropy
+
+    logits = torch.tensor(np.outer(np.arange(1, 301), values) / 100, requires_grad=True)
+    targets = torch.arange(300) % (len(values) + 1) - 1
+    targets[wanted] = -1
+    mine = CrossEntropy.apply(logits, targets)
+    (3 * mine).backward()
+    again = logits.detach().clone().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(again, targets, ignore_index=-1)
+    (3 * expected).backward()
+    torch.testing.assert_close(mine, expected)
+    torch.testing.assert_close(logits.grad, again.grad)
+    rounded = logits.detach().bfloat16()
+    expected = torch.nn.functional.cross_entropy(rounded.float(), targets, ignore_index=-1)
+    torch.testing.assert_close(CrossEntropy.apply(rounded, targets), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("attn", ABSORBS)
+def test_a_cache_filled_to_its_last_place_still_answers_right(attn):
+    model = GPT(config_of(attn)).double().eval()
+    idx = torch.randint(16, (2, 64), generator=torch.Generator().manual_seed(0))
+    cache = model.init_cache(2)
+    for token in idx.split(1, 1):
+        last = model(token, cache=cache)[0]
+    torch.testing.assert_close(last, model(idx)[0])
+    with pytest.raises(ValueError, match="65 tokens do not fit"):
+        model(idx[:, :1], cache=cache)
