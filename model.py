@@ -126,8 +126,16 @@ def rotate(x, rope):
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
 
 
-def attend(q, k, v, scale, dropout=0.0):
+def unseen(T, S, places, device):
+    """The mask (T, S) of what comes after each of T queries: the last of S tokens, or those at places, if a tensor."""
+    places = places if torch.is_tensor(places) else torch.arange(S - T, S, device=device)
+    return torch.arange(S, device=device) > places[:, None]
+
+
+def attend(q, k, v, scale, dropout=0.0, places=None):
     """Causal softmax attention of the last T of S tokens: q (B, H, T, w), k and v (B, G, S, w) -> (B, H, T, w).
+
+    If places is a tensor, it says which of S places the T queries are at.
 
     Heads that share keys (G < H) are folded into the query axis, so that each key is read once for all of them."""
     (B, H, T, w), (G, S) = q.shape, k.shape[1:3]
@@ -137,13 +145,15 @@ def attend(q, k, v, scale, dropout=0.0):
         scores = q @ k.mT
         scores = scores + torch.full((T, T), -math.inf, dtype=scores.dtype).triu(1)
         return (F.dropout(scores.softmax(-1).to(v.dtype), dropout) @ v).flatten(1, 2)
-    if T == S:  # training, or a whole prompt: fused kernels know this mask by themselves
+    if T == S and not torch.is_tensor(
+        places
+    ):  # training, or a whole prompt: fused kernels know this mask by themselves
         return F.scaled_dot_product_attention(
             q, k, v, dropout_p=dropout, is_causal=T > 1, scale=scale, enable_gqa=G < H
         )
     mask = None
-    if T > 1:  # query t of the T new ones is token S - T + t, and sees up to itself
-        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T).repeat(H // G, 1)
+    if T > 1 or torch.is_tensor(places):
+        mask = ~unseen(T, S, places, q.device).repeat(H // G, 1)
     q = q.reshape(B, G, H // G * T, w)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).reshape(B, H, T, w)
 
@@ -225,7 +235,7 @@ class Attention(nn.Module):
             v = F.pad(v, (0, self.config.rope_dim))  # fused attention wants values as wide as keys; forward cuts it off
         return k, v
 
-    def absorbed(self, q, rows, rope, scale):
+    def absorbed(self, q, rows, rope, scale, places):
         """Attention on the latents themselves: q.(c W_UK) = (q W_UK^T).c, and sum p_s (c_s W_UV) = (sum p_s c_s) W_UV.
 
         q (B, H, T, h [+ R]); rows (B, 1, S, cache_width) = [c_v | c_k | k^R], or [c | k^R] if joint -> (B, H, T, h).
@@ -235,10 +245,10 @@ class Attention(nn.Module):
         w_uk, w_uv = self.w_uk.weight.view(-1, h, r), self.w_uv.weight.view(-1, h, r)  # (H, h, r)
         q = torch.cat((torch.einsum("bhtd,hdr->bhtr", q[..., :h], w_uk), q[..., h:]), dim=-1)  # (B, H, T, r [+ R])
         width = q.size(-1)
-        c = attend(q, rows[..., -width:], rows[..., :width], scale)[..., :r]  # (B, H, T, r)
+        c = attend(q, rows[..., -width:], rows[..., :width], scale, places=places)[..., :r]  # (B, H, T, r)
         return torch.einsum("bhtr,hdr->bhtd", c, w_uv)
 
-    def half_absorbed(self, q, rows, rope, scale):
+    def half_absorbed(self, q, rows, rope, scale, places):
         """mla_rope: the rotation stands between W_Q and W_UK, so the keys are made, piece by piece; the values not.
 
         q (B, H, T, h); rows (B, 1, S, cache_width); rope of S positions -> (B, H, T, h)."""
@@ -246,27 +256,27 @@ class Attention(nn.Module):
         pieces = zip(rows[:, 0, :, -r:].split(256, dim=1), *(table.split(256) for table in rope), strict=True)
         scores = [q @ rotate(self.heads(self.w_uk(c_k)), tables).mT for c_k, *tables in pieces]
         scores = torch.cat(scores, dim=-1) * scale  # (B, H, T, S)
-        T, S = scores.shape[-2:]
-        if T > 1:
-            scores = scores.masked_fill(torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1), -math.inf)
+        scores = scores.masked_fill(unseen(*scores.shape[-2:], places, q.device), -math.inf)
         p = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
         c = (p.flatten(1, 2) @ rows[:, 0, :, :r]).unflatten(1, p.shape[1:3])  # (B, H, T, r): one latent for all heads
         return torch.einsum("bhtr,hdr->bhtd", c, self.w_uv.weight.view(-1, h, r))
 
-    def forward(self, x, rope, cache=None):
-        """x (B, T, d) -> (B, T, d). rope: rotary() of all S positions, the last T of them x's own, or None."""
+    def forward(self, x, rope, cache=None, places=slice(None)):
+        """x (B, T, d) -> (B, T, d). rope: rotary() of all S positions, or None; x is at `places` of them."""
         h, T = self.config.head_dim, x.size(1)
-        rope_of_x = rope and [table[-T:] for table in rope]
+        rope_of_x = rope and [table[places] for table in rope]
         q, kept = self.queries(x, rope_of_x), self.keep(x, rope_of_x)
         scale = q.size(-1) ** -0.5  # 1/sqrt(h), or 1/sqrt(h + R): absorbing does not change the scores
         if cache is not None:
-            kept, rows = cache.append(self.layer, kept)
+            kept, rows = cache.append(self.layer, kept, places)
+            rope = rope and [table[: rows.size(2)] for table in rope]
         # Absorbing saves expanding S latents, pays with queries r wide instead of h: worth it up to about h queries.
         if cache is not None and cache.absorb and T <= h:
-            y = (self.half_absorbed if self.config.attn == "mla_rope" else self.absorbed)(q, rows, rope, scale)
+            absorbed = self.half_absorbed if self.config.attn == "mla_rope" else self.absorbed
+            y = absorbed(q, rows, rope, scale, places)
         else:
             k, v = self.expand(kept, rope)
-            y = attend(q, k, v, scale, self.config.dropout if self.training else 0.0)[..., :h]
+            y = attend(q, k, v, scale, self.config.dropout if self.training else 0.0, places)[..., :h]
         return self.w_o(y.transpose(1, 2).flatten(2))
 
 
@@ -294,15 +304,15 @@ class KVCache:
         self.pos = 0
 
     @torch.no_grad()
-    def append(self, layer, kept):
-        """Write what T tokens left behind; return it for all S tokens now held, as the list that it came as and as the
-        rows (B, kv_heads, S, cache_width) that the list's tensors are columns of."""
-        T, widths = kept[0].size(2), [part.size(-1) for part in kept]
-        end = self.pos + T
-        places = self.rows[layer, :, :, self.pos : end].split(widths, dim=-1)
-        for part, place in zip(kept, places, strict=True):
-            place.copy_(part)
-        rows = self.rows[layer, :, :, :end].to(kept[0].dtype)  # a view, unless the cache is of another precision
+    def append(self, layer, kept, places):
+        """Write what T tokens left behind, at places: a slice, or a tensor (T,). Return it for all tokens up to the
+        slice's end, or for all places there are, as the list that it came as and as the rows (B, kv_heads, S,
+        cache_width) that the list's tensors are columns of."""
+        widths = [part.size(-1) for part in kept]
+        for part, columns in zip(kept, self.rows[layer].split(widths, dim=-1), strict=True):
+            columns[:, :, places] = part.to(columns.dtype)
+        rows = self.rows[layer] if torch.is_tensor(places) else self.rows[layer, :, :, : places.stop]
+        rows = rows.to(kept[0].dtype)  # a view, unless the cache is of another precision
         return rows.split(widths, dim=-1), rows
 
 
@@ -325,8 +335,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, rope, cache=None):
-        x = x + self.dropout(self.attn(self.norm_1(x), rope, cache))
+    def forward(self, x, rope, cache=None, places=slice(None)):
+        x = x + self.dropout(self.attn(self.norm_1(x), rope, cache, places))
         return x + self.dropout(self.mlp(self.norm_2(x)))
 
 
@@ -415,19 +425,47 @@ class GPT(nn.Module):
         limit, place = (cache.max_len, "a cache") if cache else (self.config.block_size, "a context")
         if start + T > limit:
             raise ValueError(f"{start + T} tokens do not fit into {place} of {limit}")
-        x = self.tokens(idx)
-        if self.config.attn not in ROTARY:
-            x = x + self.positions.weight[start : start + T]
-        rope = self.rope(T) if cache is None else cache.rope and [table[: start + T] for table in cache.rope]
-        x = self.dropout(x)
-        for block in self.blocks:
-            x = block(x, rope, cache)
+        x = self.hidden(idx, cache, slice(start, start + T))
         if cache is not None:
             cache.pos += T
         if targets is None:
-            return F.linear(self.norm(x[:, -1:]), self.tokens.weight), None
-        logits = F.linear(self.norm(x), self.tokens.weight)
+            return F.linear(x[:, -1:], self.tokens.weight), None
+        logits = F.linear(x, self.tokens.weight)
         return logits, CrossEntropy.apply(logits.flatten(0, 1), targets.flatten())
+
+    def hidden(self, idx, cache, places):
+        """idx (B, T), at places of the context -> what the output head reads, (B, T, d)."""
+        x = self.tokens(idx)
+        if self.config.attn not in ROTARY:
+            x = x + self.positions.weight[places]
+        rope = self.rope(idx.size(1)) if cache is None else cache.rope
+        x = self.dropout(x)
+        for block in self.blocks:
+            x = block(x, rope, cache, places)
+        return self.norm(x)
+
+    def decoder(self, cache, compiled=None):
+        """A function that takes the next token of each sequence, (B, 1), to logits (B, V), and grows the cache by it.
+
+        compiled (by default on CUDA): the whole step as one graph without Python in between. For its shapes to stay the
+        same, it attends to all places of the cache, with the empty ones masked."""
+        if not (cache.rows.is_cuda if compiled is None else compiled):
+            return lambda idx: self(idx, cache=cache)[0][:, -1]
+        places = torch.zeros(1, dtype=torch.long, device=cache.rows.device)
+
+        def step(idx):
+            return F.linear(self.hidden(idx, cache, places)[:, -1], self.tokens.weight)
+
+        step = torch.compile(step, fullgraph=True, mode="reduce-overhead" if cache.rows.is_cuda else None)
+
+        def decode(idx):
+            if cache.pos == cache.max_len:
+                raise ValueError(f"{cache.pos + 1} tokens do not fit into a cache of {cache.max_len}")
+            places.fill_(cache.pos)
+            cache.pos += 1
+            return step(idx).clone()
+
+        return decode
 
     def init_cache(self, batch_size, max_len=None, absorb=None, dtype=None):
         """An empty KVCache for batch_size sequences of max_len tokens (block_size by default), in dtype (the weights').
@@ -470,10 +508,12 @@ class GPT(nn.Module):
         cache = self.init_cache(idx.size(0), length, absorb)
         training = self.training
         self.eval()
-        out, new = idx, idx
+        out = F.pad(idx, (0, max_new_tokens))
         stopped = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
-        for _ in range(max_new_tokens):
-            logits = self(new, cache=cache)[0][:, -1].float()
+        decode = self.decoder(cache)
+        for place in range(idx.size(1), length):
+            prompt = place == idx.size(1)
+            logits = (self(idx, cache=cache)[0][:, -1] if prompt else decode(out[:, place - 1 : place])).float()
             if temperature < 1e-5:  # the limit, without dividing by next to nothing
                 new = logits.argmax(-1, keepdim=True)
             else:
@@ -481,9 +521,10 @@ class GPT(nn.Module):
                     least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
                     logits = logits.masked_fill(logits < least, -math.inf)
                 new = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
-            out = torch.cat((out, new), dim=1)
+            out[:, place] = new[:, 0]
             stopped |= new == stop
             if stop is not None and stopped.all():
+                out = out[:, : place + 1]
                 break
         self.train(training)
         return out

@@ -264,6 +264,36 @@ def test_the_fast_path_is_the_default_and_expands_nothing(attn, joint):
         assert len(expanded) == times
 
 
+@pytest.mark.parametrize("attn, joint", VARIANTS)
+@pytest.mark.parametrize("absorb", [None, False])
+def test_a_decoder_of_fixed_shapes_equals_the_full_forward(attn, joint, absorb, monkeypatch):
+    """What is compiled on GPUs, traced here as one graph, once, and run without a compiler."""
+    graphs = []
+
+    def compiler(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, fullgraph, mode: real(f, fullgraph=fullgraph, backend=compiler))
+    torch._dynamo.reset()
+    model = GPT(
+        GPTConfig(attn=attn, joint=joint, n_layer=2, n_head=2, n_embd=16, vocab_size=11, block_size=12)
+    ).double()
+    model.eval()
+    idx = torch.randint(11, (3, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        cache = model.init_cache(3, absorb=absorb)
+        cache.rows.fill_(7.0)  # what empty places hold must not matter
+        model(idx[:, :4], cache=cache)
+        decode = model.decoder(cache, compiled=True)
+        for place in range(4, 12):
+            close(decode(idx[:, place : place + 1]), model(idx[:, : place + 1])[0][:, -1])
+        assert len(graphs) == 1 and cache.pos == 12
+        with pytest.raises(ValueError, match="13 tokens do not fit into a cache of 12"):
+            decode(idx[:, :1])
+
+
 @over(VARIANTS, 6)
 def test_two_caches_of_one_model_never_touch_each_other(attn, joint, data):
     """Two texts decoded by turns, in any order, each get the logits of their own full forward."""
