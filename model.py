@@ -456,7 +456,6 @@ class GPT(nn.Module):
         def step(idx):
             return F.linear(self.hidden(idx, cache, places)[:, -1], self.tokens.weight)
 
-        torch._dynamo.mark_static_address(cache.rows)  # else a graph that writes to it is not recorded by CUDA
         step = torch.compile(step, fullgraph=True, mode="reduce-overhead" if cache.rows.is_cuda else None)
 
         def decode(idx):
