@@ -75,10 +75,13 @@ COLUMNS = {  # key of a row: heading, format, what it is
 
 
 def seconds(function, device, repeats):
-    """Times of `repeats` calls, after two to warm up; of fewer, but three with the warm-up, if they take over 2 s."""
+    """Times of `repeats` calls after a warm-up, or of three if they take over 2 s."""
+    on_cuda = device.startswith("cuda")
+    for _ in range(3 if on_cuda else 1):  # on CUDA: compile, record the graph, replay it
+        function()
     times = []
-    while len(times) < repeats + 2 and (len(times) < 3 or sum(times) < 2):
-        if device.startswith("cuda"):
+    while len(times) < repeats and (len(times) < 3 or sum(times) < 2):
+        if on_cuda:
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
             function()
@@ -89,7 +92,7 @@ def seconds(function, device, repeats):
             begin = time.perf_counter()
             function()
             times.append(time.perf_counter() - begin)
-    return np.array(times[min(2, len(times) - 2) :])
+    return np.array(times)
 
 
 def ceilings(device, dtype):
@@ -140,16 +143,26 @@ def name_of(row):
     return row["attn"] + (rank if row["rank"] else "") + (" joint" if row["joint"] else "")
 
 
+def memory_available():
+    """Bytes that processes can have on this machine; where it does not say, all that it has."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def check_memory(config, batch, context, itemsize, device):
     """Raise ValueError, before anything is allocated, if the weights, made in float32, and the cache will not fit."""
     with torch.device("meta"):
         weights = sum(p.numel() for p in GPT(config).parameters())
     cache = config.n_layer * batch * context * config.kv_heads * config.cache_width * itemsize
-    needed = 1.2 * (weights * (4 + itemsize) + cache)
+    made = 4 * batch * context * (config.n_embd + config.n_head * (config.rope_dim or 0)) * itemsize  # expanding
+    needed = 1.2 * (weights * (4 + itemsize) + cache + made)
     if device.startswith("cuda"):
         free = torch.cuda.mem_get_info(device)[0]
     else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        free = memory_available()
     if needed > free:
         raise ValueError(
             f"--batch={batch} --context={context}: {config.attn} would need {needed / 1e9:.1f} GB on {device}, where "
@@ -165,6 +178,8 @@ def decode(model, batch, context, absorb, device, repeats):
     cache.rows.normal_()
     token = torch.zeros(batch, 1, dtype=torch.long, device=device)
 
+    if cache.rows.is_cuda:
+        torch._dynamo.reset()  # a graph is compiled for each cache: forget those of caches that are gone
     decode_next = model.decoder(cache)
 
     def step():
@@ -198,6 +213,7 @@ def measure(model, dtype, batch, context, device, machine, repeats):
         parameters -= model.positions.weight.numel()
     row = {"attn": config.attn, "rank": config.rank, "joint": config.joint, "parameters": parameters / 1e6}
     row |= {"batch": batch, "context": context, "dtype": str(dtype)[6:], "device": device}
+    row |= {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
     best = None
     for way in ("expanded", "absorbed"):
         if way == "absorbed" and not config.attn.startswith("mla"):
@@ -209,7 +225,7 @@ def measure(model, dtype, batch, context, device, machine, repeats):
             best = times, way == "absorbed"
     times, absorbed = best
     taken = np.median(times)
-    read, flops = decode_cost(config, parameters, batch, context, dtype.itemsize, absorbed)
+    read, flops = decode_cost(config, parameters, batch, context + 1, dtype.itemsize, absorbed)
     row["spread"] = (np.quantile(times, 0.75) - np.quantile(times, 0.25)) / 2 / taken
     row["gb"], row["gflop"] = read / taken / 1e9, flops / taken / 1e9
     row["roofline"] = max(read / machine["bytes_per_s"], flops / machine["flop_per_s"]) / taken
@@ -219,12 +235,14 @@ def measure(model, dtype, batch, context, device, machine, repeats):
 
 
 def compare(rows):
-    """Add the columns that relate rows to mha and to rank 1, at the same batch, context, dtype and device."""
+    """Add the columns that relate rows to mha and to rank 1: to the first such of the same shape, batch, context, dtype
+    and device."""
     for row in rows:
-        alike = [r for r in rows if all(r[k] == row[k] for k in ("batch", "context", "dtype", "device"))]
+        same = ("batch", "context", "dtype", "device", "n_layer", "n_head", "n_embd", "vocab_size")
+        alike = [r for r in rows if all(r.get(key) == row.get(key) for key in same)]
         fastest = {id(r): max(r["expanded"], r.get("absorbed") or 0) for r in alike}
-        for r in alike:
-            if r["attn"] == "mha" or r["attn"] == "mha_rope" and not any(x["attn"] == "mha" for x in alike):
+        for r in reversed(alike):  # the first of several has the last word
+            if r["attn"] == "mha":
                 row["cut"] = 1 - row["kv_bytes"] / r["kv_bytes"]
                 row["to_mha"] = fastest[id(row)] / fastest[id(r)]
                 if row.get("val_loss") and r.get("val_loss"):
@@ -308,6 +326,7 @@ def draw(path, report):
         if (r["device"], r["dtype"], r["batch"]) == (rows[0]["device"], rows[0]["dtype"], rows[0]["batch"])
     ]
     trained = any(row.get("val_loss") for row in rows)
+    floored = all(row.get("excess") is not None for row in rows)
     figure = Figure(figsize=(12 if trained else 7.5, 4.5), layout="constrained")
     axes = figure.subplots(1, 2 if trained else 1, squeeze=False)[0]
     shown = dict.fromkeys(r.get("name") or name_of(r) for r in rows if trained or r["rank"] in (None, 0.5))
@@ -318,14 +337,20 @@ def draw(path, report):
         )
         axes[-1].plot([r["context"] for r in mine], [max(r["expanded"], r.get("absorbed") or 0) for r in mine], **style)
         if trained:
-            axes[0].plot([mine[0]["kv_bytes"]], [mine[0].get("excess") or mine[0]["val_loss"]], **style)
+            loss = mine[0].get("excess" if floored else "val_loss")
+            if loss is not None:
+                axes[0].plot([mine[0]["kv_bytes"]], [loss], **style)
     axes[-1].set(xscale="log", yscale="log", xlabel="tokens cached", ylabel="decoded tokens/s, the faster way")
     axes[-1].set_title(f"Decoding, batch {rows[0]['batch']}, {rows[0]['dtype']}: the cost of a long context")
     contexts = sorted({r["context"] for r in rows})
     axes[-1].set_xticks(contexts, [f"{c:,}" for c in contexts])
     axes[-1].minorticks_off()
     if trained:
-        axes[0].set(xlabel="KV cache, bytes per token", ylabel="nats per token over the floor", xscale="log")
+        axes[0].set(
+            xlabel="KV cache, bytes per token",
+            ylabel=f"nats per token{' over the floor' if floored else ''}",
+            xscale="log",
+        )
         axes[0].set_title("Loss against cache: lower left is better")
     axes[-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=120)
@@ -359,7 +384,7 @@ def main():
     if args.table:
         try:
             print(tables(json.loads(args.table.read_text()), args.columns, markdown=True))
-        except (OSError, KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
             raise ValueError(f"--table={args.table}: cannot be read as a bench.json: {error!r}") from error
         return
     for name in ("batch", "context", "repeats"):
@@ -367,6 +392,7 @@ def main():
             raise ValueError(f"--{name}: must be at least 1")
     if not args.out.is_dir():
         raise ValueError(f"--out={args.out}: must be a folder")
+    args.batch = list(dict.fromkeys(args.batch))
     devices = args.device or ["cuda" if torch.cuda.is_available() else "cpu"]
     for device in devices:
         check_device(device)
@@ -374,6 +400,8 @@ def main():
     contexts = args.context or (
         [512, 4096] if not loaded else [min(m.config.block_size for m, _ in loaded.values()) - 1]
     )
+    if loaded and (args.attn is not ATTN or args.size != "30m"):
+        raise ValueError("--attn, --size: choose among fresh models; leave them out where checkpoints are given")
     for path, (model, _) in loaded.items():
         if max(contexts) >= model.config.block_size:
             raise ValueError(
@@ -408,8 +436,10 @@ def main():
         about = {}
         if path:
             checkpoint = loaded[path][1]
-            val_loss, floor = checkpoint.get("val_loss"), checkpoint.get("floor")
-            about = {"name": str(path), "val_loss": val_loss, "excess": floor and val_loss - floor}
+            val_loss, floor = (
+                value if type(value := checkpoint.get(key)) is float else None for key in ("val_loss", "floor")
+            )
+            about = {"name": str(path), "val_loss": val_loss, "excess": floor and val_loss and val_loss - floor}
         if args.train:
             short = replace(config, block_size=128)
             about["train"] = train(short, dtype, device)

@@ -145,15 +145,11 @@ def attend(q, k, v, scale, dropout=0.0, places=None):
         scores = q @ k.mT
         scores = scores + torch.full((T, T), -math.inf, dtype=scores.dtype).triu(1)
         return (F.dropout(scores.softmax(-1).to(v.dtype), dropout) @ v).flatten(1, 2)
-    if T == S and not torch.is_tensor(
-        places
-    ):  # training, or a whole prompt: fused kernels know this mask by themselves
-        return F.scaled_dot_product_attention(
-            q, k, v, dropout_p=dropout, is_causal=T > 1, scale=scale, enable_gqa=G < H
-        )
-    mask = None
-    if T > 1 or torch.is_tensor(places):
-        mask = ~unseen(T, S, places, q.device).repeat(H // G, 1)
+    placed = torch.is_tensor(places)
+    if T == S and not placed:  # training, or a whole prompt: fused kernels know this mask by themselves
+        options = dict(dropout_p=dropout, is_causal=T > 1, scale=scale, enable_gqa=G < H)
+        return F.scaled_dot_product_attention(q, k, v, **options)
+    mask = ~unseen(T, S, places, q.device).repeat(H // G, 1) if T > 1 or placed else None
     q = q.reshape(B, G, H // G * T, w)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).reshape(B, H, T, w)
 
@@ -235,7 +231,7 @@ class Attention(nn.Module):
             v = F.pad(v, (0, self.config.rope_dim))  # fused attention wants values as wide as keys; forward cuts it off
         return k, v
 
-    def absorbed(self, q, rows, rope, scale, places):
+    def absorbed(self, q, rows, scale, places):
         """Attention on the latents themselves: q.(c W_UK) = (q W_UK^T).c, and sum p_s (c_s W_UV) = (sum p_s c_s) W_UV.
 
         q (B, H, T, h [+ R]); rows (B, 1, S, cache_width) = [c_v | c_k | k^R], or [c | k^R] if joint -> (B, H, T, h).
@@ -272,8 +268,8 @@ class Attention(nn.Module):
             rope = rope and [table[: rows.size(2)] for table in rope]
         # Absorbing saves expanding S latents, pays with queries r wide instead of h: worth it up to about h queries.
         if cache is not None and cache.absorb and T <= h:
-            absorbed = self.half_absorbed if self.config.attn == "mla_rope" else self.absorbed
-            y = absorbed(q, rows, rope, scale, places)
+            half = self.config.attn == "mla_rope"
+            y = self.half_absorbed(q, rows, rope, scale, places) if half else self.absorbed(q, rows, scale, places)
         else:
             k, v = self.expand(kept, rope)
             y = attend(q, k, v, scale, self.config.dropout if self.training else 0.0, places)[..., :h]
@@ -380,6 +376,7 @@ class GPT(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = nn.LayerNorm(config.n_embd, bias=False)
+        self.compiled_step = None  # see decoder
         self.init_weights()
 
     def init_weights(self):
@@ -451,21 +448,23 @@ class GPT(nn.Module):
         same, it attends to all places of the cache, with the empty ones masked."""
         if not (cache.rows.is_cuda if compiled is None else compiled):
             return lambda idx: self(idx, cache=cache)[0][:, -1]
+        if self.compiled_step is None:  # one for all caches: each new function would be compiled anew
+            mode = "reduce-overhead" if cache.rows.is_cuda else None
+            self.compiled_step = torch.compile(GPT.step, fullgraph=True, mode=mode)
+        torch._dynamo.mark_static_address(cache.rows, guard=False)  # CUDA records only writes to memory that stays
         places = torch.zeros(1, dtype=torch.long, device=cache.rows.device)
-
-        def step(idx):
-            return F.linear(self.hidden(idx, cache, places)[:, -1], self.tokens.weight)
-
-        step = torch.compile(step, fullgraph=True, mode="reduce-overhead" if cache.rows.is_cuda else None)
 
         def decode(idx):
             if cache.pos == cache.max_len:
                 raise ValueError(f"{cache.pos + 1} tokens do not fit into a cache of {cache.max_len}")
             places.fill_(cache.pos)
             cache.pos += 1
-            return step(idx).clone()
+            return self.compiled_step(self, idx, cache, places).clone()
 
         return decode
+
+    def step(self, idx, cache, places):
+        return F.linear(self.hidden(idx, cache, places)[:, -1], self.tokens.weight)
 
     def init_cache(self, batch_size, max_len=None, absorb=None, dtype=None):
         """An empty KVCache for batch_size sequences of max_len tokens (block_size by default), in dtype (the weights').

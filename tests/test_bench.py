@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
@@ -61,25 +64,48 @@ def test_a_row_holds_what_was_allocated(attn):
     assert row["gb"] > 0 and row["roofline"] > 0
 
 
-def test_decoding_allocates_nothing_that_grows_with_the_steps():
-    """As many tensors after 40 steps as after 10, and the cache where it was."""
-    model = GPT(config_of("mla_decoupled")).eval()
-    cache = model.init_cache(2, 60)
-    place, token = cache.rows.data_ptr(), torch.zeros(2, 1, dtype=torch.long)
+class LargestAllocation(TorchDispatchMode):
+    """The bytes of the largest tensor that an operation makes without being given its memory."""
 
-    def alive():
-        import gc
+    def __enter__(self):
+        self.most = 0
+        return super().__enter__()
 
-        gc.collect()
-        return sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        out = function(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in given:
+                self.most = max(self.most, t.untyped_storage().nbytes())
+        return out
 
-    counts = []
+
+@pytest.mark.parametrize("attn", [attn for attn in ATTN if attn != "mla_rope"])
+def test_decoding_copies_no_cache(attn):
+    """No step makes anything that grows with the tokens cached, in their number or its own."""
+    model = GPT(replace(config_of(attn), block_size=2048)).eval()
+    cache = model.init_cache(2)
+    place, token, most = cache.rows.data_ptr(), torch.zeros(2, 1, dtype=torch.long), []
     with torch.no_grad():
-        for step in range(41):
-            token.copy_(model(token, cache=cache)[0].argmax(-1))
-            if step in (10, 40):
-                counts.append(alive())
-    assert counts[0] == counts[1] and cache.rows.data_ptr() == place and cache.pos == 41
+        for cache.pos in (10, 11, 1500, 2000):
+            with LargestAllocation() as allocation:
+                model.decoder(cache)(token)
+            most.append(allocation.most)
+    # Beside them, fused attention of a width that its kernel lacks makes scores, one number per head and cached token.
+    assert max(most) <= max(most[0], 2 * 4 * 2001 * 4) and cache.rows.data_ptr() == place
+    assert max(most) < cache.nbytes / 4
+
+
+@pytest.mark.parametrize("slow", [0, 1])
+def test_repeats_are_timed_after_a_warm_up_that_takes_as_long_as_it_likes(slow, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: clock[0])
+    taken = iter([100.0, *[1.0 + slow] * 10])
+
+    def work():
+        clock[0] += next(taken)
+
+    assert bench.seconds(work, "cpu", 7).tolist() == [1.0 + slow] * 3
 
 
 def report():
@@ -139,16 +165,22 @@ def script(monkeypatch, capsys, tmp_path):
 
 
 def test_all_variants_are_measured_and_the_table_comes_back_from_its_file(script, tmp_path):
-    status, out, err = script("--context", 4, 8, "--batch", 2, "--repeats=2", "--dtype", "float32", "--train")
+    status, out, err = script("--context", 4, 8, "--batch", 2, "--repeats=2", "--dtype", "float32")
     assert status == 0 and "fastest" in out and "smallest cache" in out
     report = json.loads((tmp_path / "bench.json").read_text())
     assert len(report["rows"]) == 2 * len(bench.VARIANTS) and {r["attn"] for r in report["rows"]} == set(ATTN)
-    assert all(r["train"] > 0 and r["to_float32"] > 0 for r in report["rows"])
     joint = next(r for r in report["rows"] if r["attn"] == "mla_decoupled" and r["joint"] and r["rank"] == 0.5)
     assert joint["cut"] == pytest.approx(1 - (32 + 4) / 128)
     assert (tmp_path / "bench.png").stat().st_size > 10000
     status, markdown, err = script(f"--table={tmp_path / 'bench.json'}")
     assert status == 0 and markdown.count("\n| mla_decoupled 1/2 joint ") == 2
+
+
+def test_training_is_measured_where_it_is_asked_for(script, tmp_path):
+    status, out, err = script("--attn=mha", "--context=4", "--batch=2", "--dtype", "float32", "bfloat16", "--train")
+    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert status == 0 and [row["dtype"] for row in rows] == ["float32", "bfloat16"] and "/ float32" in out
+    assert all(row["train"] > 0 and row["to_float32"] > 0 for row in rows)
 
 
 def save(path, attn, val_loss, **changes):
@@ -188,9 +220,13 @@ def test_wrong_input_ends_in_one_line(arguments, says, script):
 def test_a_context_that_a_checkpoint_does_not_have_is_refused(script, tmp_path):
     status, out, err = script(save(tmp_path / "a.pt", "mla", 1.0), "--context=64")
     assert status == 2 and "has a context of 64" in err
-    (tmp_path / "broken.json").write_text('{"rows": [{}]}')
-    status, out, err = script(f"--table={tmp_path / 'broken.json'}")
-    assert status == 2 and "cannot be read as a bench.json" in err
+    whole = json.dumps(report())
+    for broken in ('{"rows": [{}]}', "[" * 100000, whole.replace("300.0", '"x"'), whole.replace("300.0", "9" * 400)):
+        (tmp_path / "broken.json").write_text(broken)
+        status, out, err = script(f"--table={tmp_path / 'broken.json'}")
+        assert status == 2 and "cannot be read as a bench.json" in err and err.count("\n") == 1
+    status, out, err = script(tmp_path / "a.pt", "--attn=mha")
+    assert status == 2 and "leave them out" in err
 
 
 @given(values=st.lists(st.floats(0.1, 10), min_size=2, max_size=5), wanted=st.integers(0, 4))

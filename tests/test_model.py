@@ -3,6 +3,7 @@
 Weights are drawn larger than GPT's initialisation, so that attention is sharp, and a wrong position, scale or mask
 cannot hide in an almost uniform softmax. Arithmetic is float64 except where another precision is the subject."""
 
+import copy
 import itertools
 import math
 import os
@@ -264,10 +265,9 @@ def test_the_fast_path_is_the_default_and_expands_nothing(attn, joint):
         assert len(expanded) == times
 
 
-@pytest.mark.parametrize("attn, joint", VARIANTS)
-@pytest.mark.parametrize("absorb", [None, False])
-def test_a_decoder_of_fixed_shapes_equals_the_full_forward(attn, joint, absorb, monkeypatch):
-    """What is compiled on GPUs, traced here as one graph, once, and run without a compiler."""
+@pytest.fixture
+def graphs(monkeypatch):
+    """What torch.compile makes of a decoder, traced as on a GPU, and run without a compiler."""
     graphs = []
 
     def compiler(graph, inputs):
@@ -277,21 +277,55 @@ def test_a_decoder_of_fixed_shapes_equals_the_full_forward(attn, joint, absorb, 
     real = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, fullgraph, mode: real(f, fullgraph=fullgraph, backend=compiler))
     torch._dynamo.reset()
-    model = GPT(
-        GPTConfig(attn=attn, joint=joint, n_layer=2, n_head=2, n_embd=16, vocab_size=11, block_size=12)
-    ).double()
-    model.eval()
+    return graphs
+
+
+def small(attn, joint=False, dtype=torch.float64):
+    torch.manual_seed(0)
+    shape = dict(n_layer=2, n_head=2, n_embd=16, vocab_size=11, block_size=12)
+    return GPT(GPTConfig(attn=attn, joint=joint, **shape)).to(dtype).eval()
+
+
+# Of logits whose deviation is about 0.1: rounding, layer after layer.
+PRECISIONS = [(torch.float64, 1e-9), (torch.float32, 1e-6), (torch.bfloat16, 0.01)]
+
+
+@pytest.mark.parametrize("attn, joint", VARIANTS)
+@pytest.mark.parametrize("absorb", [None, False])
+@pytest.mark.parametrize("dtype, tolerance", PRECISIONS)
+def test_a_decoder_of_fixed_shapes_equals_the_full_forward(attn, joint, absorb, dtype, tolerance, graphs):
+    """Compiled and not, in all three precisions: against float64 with the same weights."""
+    model = small(attn, joint, dtype)
+    exact = copy.deepcopy(model).double()
     idx = torch.randint(11, (3, 12), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        cache = model.init_cache(3, absorb=absorb)
-        cache.rows.fill_(7.0)  # what empty places hold must not matter
-        model(idx[:, :4], cache=cache)
-        decode = model.decoder(cache, compiled=True)
-        for place in range(4, 12):
-            close(decode(idx[:, place : place + 1]), model(idx[:, : place + 1])[0][:, -1])
-        assert len(graphs) == 1 and cache.pos == 12
-        with pytest.raises(ValueError, match="13 tokens do not fit into a cache of 12"):
-            decode(idx[:, :1])
+        wanted = exact(idx, idx)[0]
+        for compiled in (True, False):
+            cache = model.init_cache(3, absorb=absorb)
+            cache.rows.fill_(7.0)  # what empty places hold must not matter
+            model(idx[:, :4], cache=cache)
+            decode = model.decoder(cache, compiled)
+            for place in range(4, 12):
+                logits = decode(idx[:, place : place + 1]).double()
+                assert (logits - wanted[:, place]).abs().max() < tolerance
+            assert cache.pos == 12
+            with pytest.raises(ValueError, match="13 tokens do not fit into a cache of 12"):
+                decode(idx[:, :1])
+    assert len(graphs) == 1
+
+
+def test_all_caches_of_a_model_share_one_graph(graphs):
+    """More of them than PyTorch would compile for one function."""
+    model = small("mla_decoupled")
+    idx = torch.randint(11, (3, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for caches in range(12):
+            cache = model.init_cache(3)
+            decode = model.decoder(cache, compiled=True)
+            for place in range(caches % 4 + 1):
+                logits = decode(idx[:, place : place + 1])
+            close(logits, model(idx[:, : place + 1])[0][:, -1])
+    assert len(graphs) == 1
 
 
 @over(VARIANTS, 6)
