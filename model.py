@@ -126,16 +126,16 @@ def rotate(x, rope):
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
 
 
-def unseen(T, S, places, device):
-    """The mask (T, S) of what comes after each of T queries: the last of S tokens, or those at places, if a tensor."""
-    places = places if torch.is_tensor(places) else torch.arange(S - T, S, device=device)
-    return torch.arange(S, device=device) > places[:, None]
+def unseen(S, places, device):
+    """The mask (T, S) of what comes after each of the T queries, which are at places, a slice or tensor, of S."""
+    tokens = torch.arange(S, device=device)
+    return tokens > tokens[places][:, None]
 
 
-def attend(q, k, v, scale, dropout=0.0, places=None):
-    """Causal softmax attention of the last T of S tokens: q (B, H, T, w), k and v (B, G, S, w) -> (B, H, T, w).
+def attend(q, k, v, scale, dropout=0.0, places=slice(None)):
+    """Causal softmax attention: q (B, H, T, w), at places of S; k and v (B, G, S, w) -> (B, H, T, w).
 
-    If places is a tensor, it says which of S places the T queries are at.
+    places is a slice that ends at S, or a tensor (T,) of places anywhere in S.
 
     Heads that share keys (G < H) are folded into the query axis, so that each key is read once for all of them."""
     (B, H, T, w), (G, S) = q.shape, k.shape[1:3]
@@ -149,7 +149,7 @@ def attend(q, k, v, scale, dropout=0.0, places=None):
     if T == S and not placed:  # training, or a whole prompt: fused kernels know this mask by themselves
         options = dict(dropout_p=dropout, is_causal=T > 1, scale=scale, enable_gqa=G < H)
         return F.scaled_dot_product_attention(q, k, v, **options)
-    mask = ~unseen(T, S, places, q.device).repeat(H // G, 1) if T > 1 or placed else None
+    mask = ~unseen(S, places, q.device).repeat(H // G, 1) if T > 1 or placed else None
     q = q.reshape(B, G, H // G * T, w)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).reshape(B, H, T, w)
 
@@ -244,17 +244,20 @@ class Attention(nn.Module):
         c = attend(q, rows[..., -width:], rows[..., :width], scale, places=places)[..., :r]  # (B, H, T, r)
         return torch.einsum("bhtr,hdr->bhtd", c, w_uv)
 
-    def half_absorbed(self, q, rows, rope, scale, places):
+    def half_absorbed(self, q, cache, scale, places):
         """mla_rope: the rotation stands between W_Q and W_UK, so the keys are made, piece by piece; the values not.
 
-        q (B, H, T, h); rows (B, 1, S, cache_width); rope of S positions -> (B, H, T, h)."""
+        q (B, H, T, h) -> (B, H, T, h). The last piece is whole too, though its places may be empty yet: shapes that
+        change with every token would take new memory at every token."""
         r, h = self.config.latent_dim, self.config.head_dim
-        pieces = zip(rows[:, 0, :, -r:].split(256, dim=1), *(table.split(256) for table in rope), strict=True)
-        scores = [q @ rotate(self.heads(self.w_uk(c_k)), tables).mT for c_k, *tables in pieces]
+        end = cache.max_len if torch.is_tensor(places) else -(-places.stop // 256) * 256
+        rows = cache.rows[self.layer, :, 0, :end].to(q.dtype)  # (B, S, cache_width)
+        pieces = zip(rows[..., -r:].split(256, dim=1), *(table[:end].split(256) for table in cache.rope), strict=True)
+        scores = [q @ rotate(self.heads(self.w_uk(c_k)), rope).mT for c_k, *rope in pieces]
         scores = torch.cat(scores, dim=-1) * scale  # (B, H, T, S)
-        scores = scores.masked_fill(unseen(*scores.shape[-2:], places, q.device), -math.inf)
+        scores = scores.masked_fill(unseen(scores.size(-1), places, q.device), -math.inf)
         p = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
-        c = (p.flatten(1, 2) @ rows[:, 0, :, :r]).unflatten(1, p.shape[1:3])  # (B, H, T, r): one latent for all heads
+        c = (p.flatten(1, 2) @ rows[..., :r]).unflatten(1, p.shape[1:3])  # (B, H, T, r): one latent for all heads
         return torch.einsum("bhtr,hdr->bhtd", c, self.w_uv.weight.view(-1, h, r))
 
     def forward(self, x, rope, cache=None, places=slice(None)):
@@ -269,7 +272,7 @@ class Attention(nn.Module):
         # Absorbing saves expanding S latents, pays with queries r wide instead of h: worth it up to about h queries.
         if cache is not None and cache.absorb and T <= h:
             half = self.config.attn == "mla_rope"
-            y = self.half_absorbed(q, rows, rope, scale, places) if half else self.absorbed(q, rows, scale, places)
+            y = self.half_absorbed(q, cache, scale, places) if half else self.absorbed(q, rows, scale, places)
         else:
             k, v = self.expand(kept, rope)
             y = attend(q, k, v, scale, self.config.dropout if self.training else 0.0, places)[..., :h]

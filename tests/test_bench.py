@@ -64,11 +64,11 @@ def test_a_row_holds_what_was_allocated(attn):
     assert row["gb"] > 0 and row["roofline"] > 0
 
 
-class LargestAllocation(TorchDispatchMode):
-    """The bytes of the largest tensor that an operation makes without being given its memory."""
+class Allocations(TorchDispatchMode):
+    """The bytes of each tensor that an operation makes without being given its memory."""
 
     def __enter__(self):
-        self.most = 0
+        self.sizes = []
         return super().__enter__()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -76,7 +76,7 @@ class LargestAllocation(TorchDispatchMode):
         out = function(*args, **(kwargs or {}))
         for t in tree_leaves(out):
             if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in given:
-                self.most = max(self.most, t.untyped_storage().nbytes())
+                self.sizes.append(t.untyped_storage().nbytes())
         return out
 
 
@@ -88,12 +88,24 @@ def test_decoding_copies_no_cache(attn):
     place, token, most = cache.rows.data_ptr(), torch.zeros(2, 1, dtype=torch.long), []
     with torch.no_grad():
         for cache.pos in (10, 11, 1500, 2000):
-            with LargestAllocation() as allocation:
+            with Allocations() as made:
                 model.decoder(cache)(token)
-            most.append(allocation.most)
+            most.append(max(made.sizes))
     # Beside them, fused attention of a width that its kernel lacks makes scores, one number per head and cached token.
     assert max(most) <= max(most[0], 2 * 4 * 2001 * 4) and cache.rows.data_ptr() == place
     assert max(most) < cache.nbytes / 4
+
+
+def test_mla_rope_makes_the_same_shapes_for_256_steps():
+    """It has to make keys; memory of ever new sizes would not be used again."""
+    model = GPT(replace(config_of("mla_rope"), block_size=2048)).eval()
+    cache, token, sizes = model.init_cache(2), torch.zeros(2, 1, dtype=torch.long), []
+    with torch.no_grad():
+        for cache.pos in (1024, 1200, 1279, 1280):
+            with Allocations() as made:
+                model.decoder(cache)(token)
+            sizes.append(made.sizes)
+    assert sizes[0] == sizes[1] == sizes[2] != sizes[3] and max(sizes[0]) < cache.nbytes / 4
 
 
 @pytest.mark.parametrize("slow", [0, 1])
