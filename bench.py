@@ -19,6 +19,7 @@ import platform
 import sys
 import time
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +56,7 @@ COLUMNS = {  # key of a row: heading, format, what it is
     "spread": (
         "spread",
         "±{:.0%}",
-        "half the distance between the quartiles of a step's times; this and what follows "
+        "half the distance between the fastest and the slowest round; this and what follows "
         "is of the faster of the two ways",
     ),
     "to_mha": ("/ mha", "{:.2f}", "tokens/s over those of mha"),
@@ -74,13 +75,11 @@ COLUMNS = {  # key of a row: heading, format, what it is
 # What the machine can do ----------------------------------------------------------------------------------------------
 
 
-def seconds(function, device, repeats):
-    """Times of `repeats` calls after a warm-up, or of three if they take over 2 s."""
+def seconds(function, device, repeats=3):
+    """Times of `repeats` calls after a warm-up; of one without it where that takes over half a second."""
     on_cuda = device.startswith("cuda")
-    for _ in range(3 if on_cuda else 1):  # on CUDA: compile, record the graph, replay it
-        function()
     times = []
-    while len(times) < repeats and (len(times) < 3 or sum(times) < 2):
+    while len(times) < repeats + 3 * on_cuda + 1:  # on CUDA a graph is compiled, recorded and replayed first
         if on_cuda:
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
@@ -92,16 +91,18 @@ def seconds(function, device, repeats):
             begin = time.perf_counter()
             function()
             times.append(time.perf_counter() - begin)
-    return np.array(times)
+            if times[0] > 0.5:
+                break
+    return np.array(times[-repeats:])
 
 
 def ceilings(device, dtype):
     """Bytes/s read from memory, and FLOP/s of a matrix product: the best of several tries."""
     numbers = torch.ones(2**27 if device == "cpu" else 2**30, device=device)
-    bandwidth = numbers.nbytes / seconds(numbers.sum, device, 5).min()
+    bandwidth = numbers.nbytes / seconds(numbers.sum, device, 9).min()
     size = 2048 if device == "cpu" else 8192
     a = torch.randn(size, size, device=device).to(dtype)
-    return bandwidth, 2 * size**3 / seconds(lambda: a @ a, device, 5).min()
+    return bandwidth, 2 * size**3 / seconds(lambda: a @ a, device, 9).min()
 
 
 def machine(device):
@@ -171,7 +172,7 @@ def check_memory(config, batch, context, itemsize, device):
 
 
 @torch.no_grad()
-def decode(model, batch, context, absorb, device, repeats):
+def decode(model, batch, context, absorb, device):
     """Time a step that decodes one token for each sequence with `context` tokens cached: its seconds, repeat by repeat,
     and the cache's bytes per token."""
     cache = model.init_cache(batch, context + 1, absorb)
@@ -186,10 +187,10 @@ def decode(model, batch, context, absorb, device, repeats):
         cache.pos = context
         token.copy_(decode_next(token).argmax(-1, keepdim=True))
 
-    return seconds(step, device, repeats), cache.nbytes / (batch * (context + 1))
+    return seconds(step, device), cache.nbytes / (batch * (context + 1))
 
 
-def train(config, dtype, device, batch=32, context=128, repeats=5):
+def train(config, dtype, device, batch=32, context=128):
     """Trained tokens/s: forward, backward, AdamW."""
     model = GPT(config).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
@@ -202,10 +203,10 @@ def train(config, dtype, device, batch=32, context=128, repeats=5):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return batch * context / np.median(seconds(step, device, repeats))
+    return batch * context / np.median(seconds(step, device))
 
 
-def measure(model, dtype, batch, context, device, machine, repeats):
+def measure(model, dtype, batch, context, device, machine):
     """A row of the table: what one model costs at one batch and context."""
     config = model.config
     parameters = sum(p.numel() for p in model.parameters())
@@ -219,19 +220,26 @@ def measure(model, dtype, batch, context, device, machine, repeats):
         if way == "absorbed" and not config.attn.startswith("mla"):
             continue
         absorb = None if way == "absorbed" else False
-        times, row["kv_bytes"] = decode(model, batch, context, absorb, device, repeats)
+        times, row["kv_bytes"] = decode(model, batch, context, absorb, device)
         row[way] = batch / np.median(times)
         if best is None or np.median(times) < np.median(best[0]):
             best = times, way == "absorbed"
     times, absorbed = best
     taken = np.median(times)
     read, flops = decode_cost(config, parameters, batch, context + 1, dtype.itemsize, absorbed)
-    row["spread"] = (np.quantile(times, 0.75) - np.quantile(times, 0.25)) / 2 / taken
+    row["speed"] = batch / taken
     row["gb"], row["gflop"] = read / taken / 1e9, flops / taken / 1e9
     row["roofline"] = max(read / machine["bytes_per_s"], flops / machine["flop_per_s"]) / taken
     if row["kv_bytes"] != model.kv_bytes_per_token(dtype):
         raise RuntimeError(f"{name_of(row)}: {row['kv_bytes']} bytes per token, not what the formula says")
     return row
+
+
+def median(rounds):
+    """One row of several of the same job: the median of each number, and how far apart the speeds are."""
+    speeds = [row["speed"] for row in rounds]
+    row = {k: float(np.median([r[k] for r in rounds])) if type(v) is float else v for k, v in rounds[0].items()}
+    return row | {"spread": (max(speeds) - min(speeds)) / 2 / row["speed"]}
 
 
 def compare(rows):
@@ -371,7 +379,9 @@ def main():
     parser.add_argument("--context", nargs="+", type=int, help="tokens cached (512 and 4096; a checkpoint's own)")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="of weights and cache (bfloat16 where it is fast)")
     parser.add_argument("--device", nargs="+", help="cpu, cuda, ... (cuda where there is one)")
-    parser.add_argument("--repeats", type=int, default=7, help="steps timed (%(default)s)")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="through all that is measured; medians count (%(default)s)"
+    )
     parser.add_argument("--train", action="store_true", help="measure training too: batch 32, context 128")
     parser.add_argument(
         "--columns", nargs="+", choices=COLUMNS, default=COLUMNS, metavar="COLUMN", help="of: " + ", ".join(COLUMNS)
@@ -387,7 +397,7 @@ def main():
         except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
             raise ValueError(f"--table={args.table}: cannot be read as a bench.json: {error!r}") from error
         return
-    for name in ("batch", "context", "repeats"):
+    for name in ("batch", "context", "rounds"):
         if any(n < 1 for n in np.ravel(getattr(args, name) or 1)):
             raise ValueError(f"--{name}: must be at least 1")
     if not args.out.is_dir():
@@ -425,9 +435,10 @@ def main():
     report = {
         "command": " ".join(["python", *map(os.path.basename, sys.argv[:1]), *sys.argv[1:]]),
         "machines": {},
-        "rows": [],
     }
-    for device, dtype, path, config in (bar := tqdm(jobs, leave=False)):
+    # In rounds, so that minutes in which the machine is busy with something else do not fall on one variant.
+    rounds = [{} for _ in range(args.rounds)]
+    for rows, (i, (device, dtype, path, config)) in (bar := tqdm([*product(rounds, enumerate(jobs))], leave=False)):
         key = f"{device} {str(dtype)[6:]}"
         if key not in report["machines"]:
             bytes_per_s, flop_per_s = ceilings(device, dtype)
@@ -437,20 +448,18 @@ def main():
         if path:
             checkpoint = loaded[path][1]
             val_loss, floor = (
-                value if type(value := checkpoint.get(key)) is float else None for key in ("val_loss", "floor")
+                value if type(value := checkpoint.get(name)) is float else None for name in ("val_loss", "floor")
             )
             about = {"name": str(path), "val_loss": val_loss, "excess": floor and val_loss and val_loss - floor}
         if args.train:
             short = replace(config, block_size=128)
             about["train"] = train(short, dtype, device)
             about["to_float32"] = about["train"] / train(short, torch.float32, device)
-        for batch in args.batch:
-            for context in contexts:
-                bar.set_postfix_str(f"{path or config.attn} {context}")
-                row = measure(model, dtype, batch, context, device, report["machines"][key], args.repeats)
-                report["rows"].append(row | about)
+        for batch, context in product(args.batch, contexts):
+            bar.set_postfix_str(f"{path or config.attn} {context}")
+            rows[i, batch, context] = measure(model, dtype, batch, context, device, report["machines"][key]) | about
         del model
-    compare(report["rows"])
+    report["rows"] = compare([median([rows[job] for rows in rounds]) for job in rounds[0]])
     print(tables(report, args.columns))
     print(advice(report["rows"]))
     (args.out / "bench.json").write_text(json.dumps(report, indent=1, default=float))

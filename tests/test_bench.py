@@ -57,7 +57,7 @@ def test_the_cost_of_a_step_is_what_it_reads_and_multiplies(attn, rank, joint, b
 @pytest.mark.parametrize("attn", ATTN)
 def test_a_row_holds_what_was_allocated(attn):
     model = GPT(config_of(attn)).eval()
-    row = bench.measure(model, torch.float32, 2, 8, "cpu", MACHINE, repeats=2)
+    row = bench.measure(model, torch.float32, 2, 8, "cpu", MACHINE)
     cache = model.init_cache(3, 5)
     assert row["kv_bytes"] == cache.nbytes / 15 == model.kv_bytes_per_token(torch.float32)
     assert row["expanded"] > 0 and (row.get("absorbed") is not None) == attn.startswith("mla")
@@ -108,16 +108,22 @@ def test_mla_rope_makes_the_same_shapes_for_256_steps():
     assert sizes[0] == sizes[1] == sizes[2] != sizes[3] and max(sizes[0]) < cache.nbytes / 4
 
 
-@pytest.mark.parametrize("slow", [0, 1])
-def test_repeats_are_timed_after_a_warm_up_that_takes_as_long_as_it_likes(slow, monkeypatch):
-    clock = [0.0]
+@pytest.mark.parametrize("first, counted", [(0.4, [1.0, 1.0, 1.0]), (0.6, [0.6])])
+def test_calls_are_timed_after_a_warm_up_unless_they_are_slow(first, counted, monkeypatch):
+    clock, taken = [0.0], iter([first, *[1.0] * 10])
     monkeypatch.setattr(bench.time, "perf_counter", lambda: clock[0])
-    taken = iter([100.0, *[1.0 + slow] * 10])
 
     def work():
         clock[0] += next(taken)
 
-    assert bench.seconds(work, "cpu", 7).tolist() == [1.0 + slow] * 3
+    assert bench.seconds(work, "cpu") == pytest.approx(counted)
+
+
+def test_the_median_of_rounds_counts():
+    rounds = [{"attn": "mla", "rank": 0.5, "speed": s, "expanded": s, "absorbed": s / 2} for s in (90.0, 120.0, 100.0)]
+    row = bench.median(rounds)
+    assert (row["attn"], row["speed"], row["expanded"], row["absorbed"]) == ("mla", 100, 100, 50)
+    assert row["spread"] == pytest.approx(0.15)
 
 
 def report():
@@ -177,7 +183,7 @@ def script(monkeypatch, capsys, tmp_path):
 
 
 def test_all_variants_are_measured_and_the_table_comes_back_from_its_file(script, tmp_path):
-    status, out, err = script("--context", 4, 8, "--batch", 2, "--repeats=2", "--dtype", "float32")
+    status, out, err = script("--context", 4, 8, "--batch", 2, "--rounds=2", "--dtype", "float32")
     assert status == 0 and "fastest" in out and "smallest cache" in out
     report = json.loads((tmp_path / "bench.json").read_text())
     assert len(report["rows"]) == 2 * len(bench.VARIANTS) and {r["attn"] for r in report["rows"]} == set(ATTN)
@@ -204,7 +210,7 @@ def save(path, attn, val_loss, **changes):
 
 def test_checkpoints_bring_their_loss(script, tmp_path):
     paths = [save(tmp_path / f"{attn}.pt", attn, loss) for attn, loss in (("mha", 1.0), ("mla", 1.25))]
-    status, out, err = script(*paths, "--dtype", "float32", "--repeats=2")
+    status, out, err = script(*paths, "--dtype", "float32", "--rounds=1")
     rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
     assert status == 0 and [row["excess"] for row in rows] == [0.5, 0.75] and rows[1]["loss_to_mha"] == 0.25
     assert rows[0]["context"] == SHAPE["block_size"] - 1 and str(paths[1]) in out
@@ -221,7 +227,7 @@ def test_checkpoints_bring_their_loss(script, tmp_path):
         (["--out=/nowhere"], "--out=/nowhere: must be a folder"),
         (["nothing.pt"], "no such file"),
         (["--table=nothing.json"], "cannot be read"),
-        (["--repeats=x"], "invalid int"),
+        (["--rounds=x"], "invalid int"),
     ],
 )
 def test_wrong_input_ends_in_one_line(arguments, says, script):
