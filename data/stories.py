@@ -79,6 +79,30 @@ for name, facts, body in re.findall(r"^== (\w+):(.*)\n((?:[^=#\n].*\n)+)", WORLD
     EVENTS[name] = facts, [parse(line) for line in body.splitlines()]
 
 
+# How somebody or something is called, besides by the first of these words: by role and field, of words from the lists.
+NAMES = {
+    "person": {"": "{name}", "full": "{name} the {kind}"},
+    "thing": {
+        "": "{noun}",
+        "full": "{quality} {colour} {noun}",
+        "a": "{article} {quality} {colour} {noun}",
+        "the": "the {colour} {noun}",
+    },
+    "home": {"": "{home} {where}", "a": "{article} {home} {where}", "the": "the {home} {where}"},
+}
+PRONOUNS = {
+    "boy": dict(he="he", him="him", his="his", hers="his"),
+    "girl": dict(he="she", him="her", his="her", hers="hers"),
+}
+
+
+def named(kind, **words):
+    """A Word of one of NAMES, such as named("thing", quality=..., colour=..., noun=...)."""
+    words["article"] = article(next(iter(words.values()))).split()[0]
+    forms = {field: form.format(**words) for field, form in NAMES[kind].items()}
+    return Word(forms.pop(""), **forms)
+
+
 # A plot is a trouble and its end, step by step: an event, a method of Author, or one of PARTS. `step?` may be left out,
 # and of `this|that` one is taken. The moral of a plot is the event moral_<plot>.
 PLOTS = {
@@ -132,17 +156,15 @@ class Author:
         role = slot.rstrip("23")
         if role in ("hero", "friend"):
             child = self.choose(("boy", "girl"))
-            he, him, his, hers = ("he", "him", "his", "his") if child == "boy" else ("she", "her", "her", "hers")
             name, kind = self.pick(LISTS[child]), self.pick(LISTS["kind"]) if self.coin() else child
-            full = name if kind == child else f"{name} the {kind}"
-            word = Word(name, full=full, kind=kind, he=he, him=him, his=his, hers=hers)
+            word = named("person", name=name, kind=kind) if kind != child else Word(name, full=name)
+            word.__dict__.update(PRONOUNS[child], kind=kind)
         elif role in ("thing", "fragile"):
             quality, colour, noun = self.choose(LISTS["quality"]), self.pick(LISTS["colour"]), self.pick(LISTS[role])
-            full = f"{quality} {colour} {noun}"
-            word = Word(noun, colour=colour, full=full, a=article(full), the=f"the {colour} {noun}")
+            word = named("thing", quality=quality, colour=colour, noun=noun)
+            word.colour = colour
         elif role == "home":
-            home, where = self.choose(LISTS["home"]), self.choose(LISTS["where"])
-            word = Word(f"{home} {where}", a=f"{article(home)} {where}", the=f"the {home} {where}")
+            word = named("home", home=self.choose(LISTS["home"]), where=self.choose(LISTS["where"]))
         elif role in ("spot", "helper", "fun"):
             word = self.pick(LISTS[f"{role} {self.cast['place'].at}"])
         else:
