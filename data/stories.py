@@ -96,10 +96,10 @@ PRONOUNS = {
 }
 
 
-def named(kind, **words):
+def named(what, **words):
     """A Word of one of NAMES, such as named("thing", quality=..., colour=..., noun=...)."""
     words["article"] = article(next(iter(words.values()))).split()[0]
-    forms = {field: form.format(**words) for field, form in NAMES[kind].items()}
+    forms = {field: form.format(**words) for field, form in NAMES[what].items()}
     return Word(forms.pop(""), **forms)
 
 
