@@ -26,7 +26,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.prepare import Parser, run
+from data.judge import judge, questions
+from data.prepare import DATA, Parser, load_data, load_tokenizer, run
 from model import ATTN, GPT, ROTARY, GPTConfig, check_device, fast_bfloat16, load_checkpoint
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
@@ -69,7 +70,12 @@ COLUMNS = {  # key of a row: heading, format, what it is
     "val_loss": ("val", "{:.4f}", "validation loss, nats per token"),
     "excess": ("excess", "{:.4f}", "of it over the floor"),
     "loss_to_mha": ("vs mha", "{:+.1%}", "of it against mha"),
+    "grammar": ("grammar", "{:.1f}±{:.1f}", "with --judge: of sampled stories, 0 to 10, with its standard error"),
+    "consistency": ("consist.", "{:.1f}±{:.1f}", "likewise"),
+    "creativity": ("creativ.", "{:.1f}±{:.1f}", "likewise"),
+    "recall": ("recall", "{:.0%}", "probability of the right word where an unseen story recalls something"),
 }
+DISTANCES = (0, 16, 32, 64, 128)  # tokens: where the bins of the recall curve begin
 
 
 # What the machine can do ----------------------------------------------------------------------------------------------
@@ -235,6 +241,68 @@ def measure(model, dtype, batch, context, device, machine):
     return row
 
 
+# What trained models have learnt --------------------------------------------------------------------------------------
+
+
+def sample(model, tokenizer, count, temperature=0.8, seed=0):
+    """Stories that a model tells from their first word on, as texts."""
+    end, texts = tokenizer.eot_token, []
+    generator = torch.Generator(model.tokens.weight.device).manual_seed(seed)
+    while len(texts) < count:
+        idx = torch.full((min(64, count - len(texts)), 1), end, device=model.tokens.weight.device)
+        room = model.config.block_size - 1
+        stories = model.generate(idx, room, temperature, generator=generator, stop=end)[:, 1:].tolist()
+        texts += [tokenizer.decode(s[: s.index(end)] if end in s else s) for s in stories]
+    return texts
+
+
+@torch.no_grad()
+def recall(model, stories, tokenizer):
+    """How well a model recalls in unseen stories, lists of tokens -> distances in tokens and probabilities, arrays.
+
+    The probability is that of the right word, token by token, among all words that their author could put there."""
+    distances, probabilities = [], []
+    for story, asked in zip(stories, questions(stories, tokenizer), strict=True):
+        if len(story) > model.config.block_size:
+            continue
+        idx = torch.tensor([[tokenizer.eot_token, *story[:-1]]], device=model.tokens.weight.device)
+        logits = model(idx, idx)[0][0].double().cpu()
+        for question in asked:
+            p, left = 1.0, question.candidates
+            for i, token in enumerate(question.answer):
+                nexts = sorted({candidate[i] for candidate in left if len(candidate) > i})
+                p *= logits[question.place + i, nexts].softmax(0)[nexts.index(token)].item()
+                left = [candidate for candidate in left if candidate[i : i + 1] == [token]]
+            distances.append(question.distance)
+            probabilities.append(p)
+    return np.array(distances), np.array(probabilities)
+
+
+def mean_and_error(values):
+    return float(np.mean(values)), float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else 0.0
+
+
+def judged(path, model, checkpoint, count):
+    """The scores of `count` stories of a checkpoint, and its recall by distance, as columns of a row."""
+    meta, train, val = data = load_data(DATA / "stories")
+    same = ("source", "stories", "seed", "tokenizer", "train_tokens", "val_tokens")
+    if [checkpoint["meta"].get(key) for key in same] != [meta[key] for key in same]:
+        raise ValueError(f"--judge: {path} was not trained on what is in {DATA / 'stories'}; leave out --judge")
+    tokenizer = load_tokenizer(meta["tokenizer"])
+    row = {}
+    for name, values in judge(sample(model, tokenizer, count), data)[0].items():
+        row[name], row[f"{name}_error"] = mean_and_error(values)
+    stories = np.split(val[1:], np.flatnonzero(val[1:] == tokenizer.eot_token) + 1)[:300]
+    distances, p = recall(model, [story[:-1].tolist() for story in stories], tokenizer)
+    row["recall"] = float(p.mean())
+    bins = np.digitize(distances, DISTANCES) - 1
+    row["recall_curve"] = [[int(np.sum(bins == i)), *mean_and_error(p[bins == i])] for i in range(len(DISTANCES))]
+    return row
+
+
+# The comparison -------------------------------------------------------------------------------------------------------
+
+
 def median(rounds):
     """One row of several of the same job: the median of each number, and how far apart the speeds are."""
     speeds = [row["speed"] for row in rounds]
@@ -268,7 +336,7 @@ def cells(rows, columns):
     columns = [c for c in columns if any(row.get(c) is not None for row in rows)]
     lines = [["attn", *(COLUMNS[c][0] for c in columns)]]
     for row in rows:
-        told = [COLUMNS[c][1].format(row[c]) if row.get(c) is not None else "" for c in columns]
+        told = [COLUMNS[c][1].format(row[c], row.get(f"{c}_error")) if row.get(c) is not None else "" for c in columns]
         lines.append([row.get("name") or name_of(row), *told])
     return lines
 
@@ -335,32 +403,37 @@ def draw(path, report):
     ]
     trained = any(row.get("val_loss") for row in rows)
     floored = all(row.get("excess") is not None for row in rows)
-    figure = Figure(figsize=(12 if trained else 7.5, 4.5), layout="constrained")
-    axes = figure.subplots(1, 2 if trained else 1, squeeze=False)[0]
+    curves = any(row.get("recall_curve") for row in rows)
+    panels = 1 + trained + curves
+    figure = Figure(figsize=(2 + 5.3 * panels, 4.5), layout="constrained")
+    speed, *others = figure.subplots(1, panels, squeeze=False)[0][::-1]
     shown = dict.fromkeys(r.get("name") or name_of(r) for r in rows if trained or r["rank"] in (None, 0.5))
     for name in shown:
         mine = sorted((r for r in rows if (r.get("name") or name_of(r)) == name), key=lambda r: r["context"])
-        style = dict(
-            color=COLOURS[mine[0]["attn"]], linestyle="--" if mine[0]["joint"] else "-", marker="o", label=name
-        )
-        axes[-1].plot([r["context"] for r in mine], [max(r["expanded"], r.get("absorbed") or 0) for r in mine], **style)
-        if trained:
-            loss = mine[0].get("excess" if floored else "val_loss")
-            if loss is not None:
-                axes[0].plot([mine[0]["kv_bytes"]], [loss], **style)
-    axes[-1].set(xscale="log", yscale="log", xlabel="tokens cached", ylabel="decoded tokens/s, the faster way")
-    axes[-1].set_title(f"Decoding, batch {rows[0]['batch']}, {rows[0]['dtype']}: the cost of a long context")
+        one = mine[0]
+        style = dict(color=COLOURS[one["attn"]], linestyle="--" if one["joint"] else "-", marker="o", label=name)
+        speed.plot([r["context"] for r in mine], [max(r["expanded"], r.get("absorbed") or 0) for r in mine], **style)
+        loss = one.get("excess" if floored else "val_loss")
+        if trained and loss is not None:
+            others[-1].plot([one["kv_bytes"]], [loss], **style)
+        if one.get("recall_curve"):
+            _, p, error = zip(*one["recall_curve"], strict=True)
+            others[0].errorbar(range(len(p)), p, error, **style)
+    speed.set(xscale="log", yscale="log", xlabel="tokens cached", ylabel="decoded tokens/s, the faster way")
+    speed.set_title(f"Decoding, batch {rows[0]['batch']}, {rows[0]['dtype']}: the cost of a long context")
     contexts = sorted({r["context"] for r in rows})
-    axes[-1].set_xticks(contexts, [f"{c:,}" for c in contexts])
-    axes[-1].minorticks_off()
+    speed.set_xticks(contexts, [f"{c:,}" for c in contexts])
+    speed.minorticks_off()
     if trained:
-        axes[0].set(
-            xlabel="KV cache, bytes per token",
-            ylabel=f"nats per token{' over the floor' if floored else ''}",
-            xscale="log",
-        )
-        axes[0].set_title("Loss against cache: lower left is better")
-    axes[-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+        unit = f"nats per token{' over the floor' if floored else ''}"
+        others[-1].set(xlabel="KV cache, bytes per token", ylabel=unit, xscale="log")
+        others[-1].set_title("Loss against cache: lower left is better")
+    if curves:
+        bins = [f"{low}–{high - 1}" for low, high in zip(DISTANCES, DISTANCES[1:], strict=False)]
+        others[0].set_xticks(range(len(DISTANCES)), [*bins, f"{DISTANCES[-1]}–"])
+        others[0].set(xlabel="tokens since it was last said", ylabel="probability of the right word", ylim=(0, 1))
+        others[0].set_title("Recall in unseen stories")
+    speed.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=120)
 
 
@@ -384,6 +457,9 @@ def main():
     )
     parser.add_argument("--train", action="store_true", help="measure training too: batch 32, context 128")
     parser.add_argument(
+        "--judge", type=int, metavar="N", help="score N stories that each checkpoint tells, and its recall"
+    )
+    parser.add_argument(
         "--columns", nargs="+", choices=COLUMNS, default=COLUMNS, metavar="COLUMN", help="of: " + ", ".join(COLUMNS)
     )
     parser.add_argument("--out", type=Path, default=Path("."), help="folder for bench.json and bench.png (here)")
@@ -397,7 +473,7 @@ def main():
         except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
             raise ValueError(f"--table={args.table}: cannot be read as a bench.json: {error!r}") from error
         return
-    for name in ("batch", "context", "rounds"):
+    for name in ("batch", "context", "rounds", "judge"):
         if any(n < 1 for n in np.ravel(getattr(args, name) or 1)):
             raise ValueError(f"--{name}: must be at least 1")
     if not args.out.is_dir():
@@ -410,6 +486,8 @@ def main():
     contexts = args.context or (
         [512, 4096] if not loaded else [min(m.config.block_size for m, _ in loaded.values()) - 1]
     )
+    if args.judge and not loaded:
+        raise ValueError("--judge: name the checkpoints whose stories shall be judged")
     if loaded and (args.attn is not ATTN or args.size != "30m"):
         raise ValueError("--attn, --size: choose among fresh models; leave them out where checkpoints are given")
     for path, (model, _) in loaded.items():
@@ -436,6 +514,10 @@ def main():
         "command": " ".join(["python", *map(os.path.basename, sys.argv[:1]), *sys.argv[1:]]),
         "machines": {},
     }
+    scores = {}
+    if args.judge:
+        for path, (model, checkpoint) in tqdm(loaded.items(), desc="judging", leave=False):
+            scores[path] = judged(path, model.to(devices[0]), checkpoint, args.judge)
     # In rounds, so that minutes in which the machine is busy with something else do not fall on one variant.
     rounds = [{} for _ in range(args.rounds)]
     for rows, (i, (device, dtype, path, config)) in (bar := tqdm([*product(rounds, enumerate(jobs))], leave=False)):
@@ -451,6 +533,7 @@ def main():
                 value if type(value := checkpoint.get(name)) is float else None for name in ("val_loss", "floor")
             )
             about = {"name": str(path), "val_loss": val_loss, "excess": floor and val_loss and val_loss - floor}
+            about |= scores.get(path, {})
         if args.train:
             short = replace(config, block_size=128)
             about["train"] = train(short, dtype, device)

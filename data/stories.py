@@ -331,7 +331,7 @@ def learn_bpe(counts, size):
 
 
 def main():
-    from data.prepare import PATTERN, VOCABULARY, Parser
+    from data.prepare import DATA, PATTERN, VOCABULARY, Parser, load_data
 
     parser = Parser(description="Tell stories of the story world, or make its vocabulary anew.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -340,8 +340,23 @@ def main():
     tell.add_argument("--seed", type=int, default=0, help="seed of the corpus (default: 0)")
     vocabulary = commands.add_parser("vocabulary", help=f"learn the tokens of {VOCABULARY.name} from 20,000 stories")
     vocabulary.add_argument("--size", type=int, default=3071, help="tokens, without <|endoftext|> (default: 3071)")
+    judge = commands.add_parser("judge", help="score stories for grammar, consistency and creativity, 0 to 10 each")
+    judge.add_argument("file", type=Path, help="stories with <|endoftext|> or blank lines between them")
+    judge.add_argument("--explain", action="store_true", help="what is wrong with each story")
+    judge.add_argument(
+        "--data", type=Path, default=DATA / "stories", help="what they must not be copied from (%(default)s)"
+    )
     args = parser.parse_args()
-    if args.command == "tell":
+    if args.command == "judge":
+        from data.judge import report
+
+        try:
+            text = args.file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{args.file}: cannot be read as text: {error}") from error
+        for line in report(text, load_data(args.data), args.explain):
+            print(line)
+    elif args.command == "tell":
         for index in range(args.count):
             story = Author(args.seed, index)
             print(f"{story.text}\n({story.nats:.1f} nats)\n")
