@@ -14,6 +14,7 @@ that was taken. "expanded" makes keys and values of all cached latents at every 
 """
 
 import json
+import math
 import os
 import platform
 import sys
@@ -26,7 +27,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.judge import judge, questions
+from data.judge import judge, mean_and_error, questions, split_stories
 from data.prepare import DATA, Parser, load_data, load_tokenizer, run
 from model import ATTN, GPT, ROTARY, GPTConfig, check_device, fast_bfloat16, load_checkpoint
 
@@ -258,46 +259,52 @@ def sample(model, tokenizer, count, temperature=0.8, seed=0):
 
 @torch.no_grad()
 def recall(model, stories, tokenizer):
-    """How well a model recalls in unseen stories, lists of tokens -> distances in tokens and probabilities, arrays.
+    """How well a model recalls in unseen stories, lists of tokens -> three arrays: which story, distance, probability.
 
-    The probability is that of the right word, token by token, among all words that their author could put there."""
-    distances, probabilities = [], []
-    for story, asked in zip(stories, questions(stories, tokenizer), strict=True):
+    The probability is that of the right words, token by token, among all that the sentence could have there. Stories
+    that do not fit into the model's context are left out."""
+    asked = []
+    for number, (story, questions_of) in enumerate(zip(stories, questions(stories, tokenizer), strict=True)):
         if len(story) > model.config.block_size:
             continue
         idx = torch.tensor([[tokenizer.eot_token, *story[:-1]]], device=model.tokens.weight.device)
         logits = model(idx, idx)[0][0].double().cpu()
-        for question in asked:
+        for question in questions_of:
             p, left = 1.0, question.candidates
             for i, token in enumerate(question.answer):
                 nexts = sorted({candidate[i] for candidate in left if len(candidate) > i})
                 p *= logits[question.place + i, nexts].softmax(0)[nexts.index(token)].item()
                 left = [candidate for candidate in left if candidate[i : i + 1] == [token]]
-            distances.append(question.distance)
-            probabilities.append(p)
-    return np.array(distances), np.array(probabilities)
+            asked.append((number, question.distance, p))
+    return np.array(asked).reshape(-1, 3).T
 
 
-def mean_and_error(values):
-    return float(np.mean(values)), float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else 0.0
+def judged(loaded, count, device):
+    """{path: (model, checkpoint)} -> {path: columns of a row}: scores of `count` stories of each, and its recall.
 
-
-def judged(path, model, checkpoint, count):
-    """The scores of `count` stories of a checkpoint, and its recall by distance, as columns of a row."""
+    Raises ValueError if one was trained on something else than data/stories."""
     meta, train, val = data = load_data(DATA / "stories")
     same = ("source", "stories", "seed", "tokenizer", "train_tokens", "val_tokens")
-    if [checkpoint["meta"].get(key) for key in same] != [meta[key] for key in same]:
-        raise ValueError(f"--judge: {path} was not trained on what is in {DATA / 'stories'}; leave out --judge")
+    for path, (_, checkpoint) in loaded.items():
+        trained_on = checkpoint.get("meta")
+        if type(trained_on) is not dict or any(trained_on.get(key) != meta[key] for key in same):
+            raise ValueError(f"--judge: {path} was not trained on what is in {DATA / 'stories'}; leave out --judge")
     tokenizer = load_tokenizer(meta["tokenizer"])
-    row = {}
-    for name, values in judge(sample(model, tokenizer, count), data)[0].items():
-        row[name], row[f"{name}_error"] = mean_and_error(values)
-    stories = np.split(val[1:], np.flatnonzero(val[1:] == tokenizer.eot_token) + 1)[:300]
-    distances, p = recall(model, [story[:-1].tolist() for story in stories], tokenizer)
-    row["recall"] = float(p.mean())
-    bins = np.digitize(distances, DISTANCES) - 1
-    row["recall_curve"] = [[int(np.sum(bins == i)), *mean_and_error(p[bins == i])] for i in range(len(DISTANCES))]
-    return row
+    unseen = [story.tolist() for story in split_stories(val, tokenizer.eot_token)[:300]]
+    told, rows = [], {}
+    for path, (model, _) in (bar := tqdm(loaded.items(), leave=False)):
+        bar.set_postfix_str(f"{path} tells {count} stories")
+        told += sample(model.to(device), tokenizer, count)
+        story, distances, p = recall(model, unseen, tokenizer)
+        bins = np.digitize(distances, DISTANCES) - 1
+        curve = [
+            [int(np.sum(bins == i)), *mean_and_error(p[bins == i], story[bins == i])] for i in range(len(DISTANCES))
+        ]
+        rows[path] = {"recall": mean_and_error(p)[0], "recall_curve": curve}
+    for name, values in judge(told, data)[0].items():
+        for path, of_one in zip(loaded, values.reshape(-1, count), strict=True):
+            rows[path][name], rows[path][f"{name}_error"] = mean_and_error(of_one)
+    return rows
 
 
 # The comparison -------------------------------------------------------------------------------------------------------
@@ -336,7 +343,10 @@ def cells(rows, columns):
     columns = [c for c in columns if any(row.get(c) is not None for row in rows)]
     lines = [["attn", *(COLUMNS[c][0] for c in columns)]]
     for row in rows:
-        told = [COLUMNS[c][1].format(row[c], row.get(f"{c}_error")) if row.get(c) is not None else "" for c in columns]
+        told = [
+            COLUMNS[c][1].format(row[c], row.get(f"{c}_error") or math.nan) if row.get(c) is not None else ""
+            for c in columns
+        ]
         lines.append([row.get("name") or name_of(row), *told])
     return lines
 
@@ -417,7 +427,7 @@ def draw(path, report):
         if trained and loss is not None:
             others[-1].plot([one["kv_bytes"]], [loss], **style)
         if one.get("recall_curve"):
-            _, p, error = zip(*one["recall_curve"], strict=True)
+            _, p, error = np.array(one["recall_curve"], dtype=float).T
             others[0].errorbar(range(len(p)), p, error, **style)
     speed.set(xscale="log", yscale="log", xlabel="tokens cached", ylabel="decoded tokens/s, the faster way")
     speed.set_title(f"Decoding, batch {rows[0]['batch']}, {rows[0]['dtype']}: the cost of a long context")
@@ -514,10 +524,7 @@ def main():
         "command": " ".join(["python", *map(os.path.basename, sys.argv[:1]), *sys.argv[1:]]),
         "machines": {},
     }
-    scores = {}
-    if args.judge:
-        for path, (model, checkpoint) in tqdm(loaded.items(), desc="judging", leave=False):
-            scores[path] = judged(path, model.to(devices[0]), checkpoint, args.judge)
+    scores = judged(loaded, args.judge, devices[0]) if args.judge else {}
     # In rounds, so that minutes in which the machine is busy with something else do not fall on one variant.
     rounds = [{} for _ in range(args.rounds)]
     for rows, (i, (device, dtype, path, config)) in (bar := tqdm([*product(rounds, enumerate(jobs))], leave=False)):

@@ -15,7 +15,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
-from data.prepare import run
+from data.judge import questions
+from data.prepare import load_data, load_tokenizer, prepare, run
+from data.stories import Author
 from model import ABSORBS, ATTN, FORMAT, GPT, GPTConfig
 
 SHAPE = dict(n_layer=2, n_head=4, n_embd=32, vocab_size=16, block_size=64)
@@ -214,6 +216,61 @@ def test_checkpoints_bring_their_loss(script, tmp_path):
     rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
     assert status == 0 and [row["excess"] for row in rows] == [0.5, 0.75] and rows[1]["loss_to_mha"] == 0.25
     assert rows[0]["context"] == SHAPE["block_size"] - 1 and str(paths[1]) in out
+
+
+class Oracle(torch.nn.Module):
+    """Knows the next token of a text with this probability; the others are equally likely."""
+
+    def __init__(self, confidence):
+        super().__init__()
+        self.confidence = confidence
+        self.tokens = torch.nn.Embedding(1, 1)
+        self.config = GPTConfig(vocab_size=4096, block_size=400)
+
+    def forward(self, idx, targets):
+        p = torch.full((*idx.shape, 4096), (1 - self.confidence) / 4095)
+        following = torch.cat((idx[:, 1:], torch.zeros_like(idx[:, :1])), dim=1)
+        return p.scatter(-1, following[..., None], self.confidence).log(), None
+
+
+def test_recall_is_the_probability_of_the_right_word_among_its_rivals():
+    tokenizer = load_tokenizer("stories")
+    stories = [tokenizer.encode_ordinary(Author(0, index).text) for index in range(10)]
+    distances, sure = bench.recall(Oracle(1 - 1e-9), stories, tokenizer)
+    assert len(distances) > 20 and sure.min() > 0.99
+    chances, last = bench.recall(Oracle(1 / 4096), stories, tokenizer)[1], []
+    for asked in questions(stories, tokenizer):
+        for question in asked:
+            chance, left = 1.0, question.candidates
+            for i in range(len(question.answer)):
+                chance /= len({tuple(c[: i + 1]) for c in left if len(c) > i})
+                left = [c for c in left if c[: i + 1] == question.answer[: i + 1]]
+            last.append(chance)
+    assert chances == pytest.approx(last, rel=1e-3) and max(last) < 0.2
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return prepare(stories=200, root=tmp_path_factory.mktemp("data")).parent
+
+
+def test_stories_of_a_checkpoint_are_judged(script, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "DATA", data)
+    meta, train, _ = load_data(data / "stories")
+    torch.manual_seed(0)
+    model = GPT(replace(config_of("mla_decoupled"), vocab_size=meta["vocab_size"], block_size=300))
+    path = save(tmp_path / "a.pt", "mla", 1.0, config=vars(model.config), model=model.state_dict(), meta=meta)
+    status, out, err = script(path, "--judge=3", "--context=8", "--rounds=1")
+    (row,) = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert status == 0 and "grammar" in out and "recall" in out
+    assert row["grammar"] < 2 and row["creativity"] > 8 and 0 < row["recall"] < 0.3  # it has learnt nothing yet
+    assert sum(count for count, *_ in row["recall_curve"]) > 20
+    assert bench.sample(model, load_tokenizer("stories"), 3) == bench.sample(model, load_tokenizer("stories"), 3)
+    path = save(path, "mla", 1.0, config=vars(model.config), model=model.state_dict(), meta=meta | {"seed": 1})
+    status, out, err = script(path, "--judge=3")
+    assert status == 2 and "was not trained on what is in" in err and err.count("\n") == 1
+    status, out, err = script("--judge=3")
+    assert status == 2 and "name the checkpoints" in err
 
 
 @pytest.mark.parametrize(

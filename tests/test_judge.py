@@ -3,6 +3,7 @@
 import random
 import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,9 +11,20 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from data import stories
-from data.judge import Reader, consistency, explain, fresh, grammar, judge, questions, recalled
+from data.judge import (
+    Reader,
+    consistency,
+    explain,
+    far_recalls,
+    fresh,
+    grammar,
+    judge,
+    mean_and_error,
+    questions,
+    split_stories,
+)
 from data.prepare import load_data, load_tokenizer, prepare, run
-from data.stories import LISTS, Author
+from data.stories import Author
 
 seeds = st.integers(0, 2**31)
 TOKENIZER = load_tokenizer("stories")
@@ -35,15 +47,21 @@ def test_reading_recovers_what_the_writer_wrote(seed):
     assert [(passage.event, passage.cast) for passage in passages] == wrote
     assert " ".join(passage.text for passage in passages) == story.text
     assert grammar(passages) == consistency(passages) == 10 and not [*explain(passages)]
-    far, right = recalled(passages)
+    far, right = far_recalls(passages)
     assert far == right
 
 
-@given(text=st.text() | st.lists(st.sampled_from(Author(0, 0).text.split() + ['"', "!", "\n"])).map(" ".join))
+PASSAGES = [passage.text for index in range(30) for passage in read(Author(4, index).text)]
+
+
+@given(text=st.text() | st.lists(st.sampled_from(PASSAGES) | st.text(max_size=9)).map(" ".join), cut=st.integers(0, 99))
 @settings(max_examples=300, deadline=None)
-def test_reading_never_raises(text):
+def test_reading_never_raises(text, cut):
+    """Not of any characters, nor of passages from different stories, cut somewhere."""
+    text = text[cut:]
     passages = read(text)
-    assert 0 <= grammar(passages) <= 10 and 0 <= consistency(passages) <= 10 and list(explain(passages)) is not None
+    assert 0 <= grammar(passages) <= 10 and 0 <= consistency(passages) <= 10
+    assert bool([*explain(passages)]) == any(not p.parsed or not all(s.agrees for s in p.statements) for p in passages)
     assert "".join(text.split()) == "".join(passage.text.replace(" ", "") for passage in passages)
 
 
@@ -82,7 +100,7 @@ def test_shuffled_words_cost_grammar_in_proportion_and_nothing_else(seed, data):
 @given(seed=seeds, data=st.data())
 @settings(max_examples=100, deadline=None)
 def test_swapped_words_cost_consistency_and_nothing_else(seed, data):
-    """Another colour, holder or place where one is recalled."""
+    """Another colour, holder or place where one is recalled, be it one of this story or not."""
     passages = read(Author(seed, 0).text)
     text = " ".join(passage.text for passage in passages)
     asked = [s for p in passages for s in p.statements if s.asked]
@@ -91,13 +109,14 @@ def test_swapped_words_cost_consistency_and_nothing_else(seed, data):
     for statement in sorted(swapped, key=lambda statement: -statement.asked[0]):
         start, end, options = statement.asked
         vowel = text[start].lower() in "aeiou"  # a or an stays right
-        others = [o for o in options if (o[0].lower() in "aeiou") == vowel and o.lower() not in text.lower()]
+        others = [o for o in options if (o[0].lower() in "aeiou") == vowel and options[o] != options[text[start:end]]]
+        known = [o for o in others if o in text]
         assume(others)
-        text = text[:start] + data.draw(st.sampled_from(others)) + text[end:]
+        text = text[:start] + data.draw(st.sampled_from(known or others) | st.sampled_from(others)) + text[end:]
     damaged = read(text)
     assert grammar(damaged) == 10
     wrong = sum(not s.agrees for p in damaged for s in p.statements)
-    assert len(swapped) <= wrong and 10 - 20 * wrong / 20 <= consistency(damaged) < 10
+    assert wrong and consistency(damaged) < 10
 
 
 @given(seed=seeds, data=st.data())
@@ -129,6 +148,25 @@ def test_repetition_costs_creativity_in_proportion_and_no_grammar(seed, times):
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return load_data(prepare(stories=3000, root=tmp_path_factory.mktemp("data")))
+
+
+def test_line_breaks_are_not_creative(data):
+    copy = Author(0, 7).text
+    assert judge([copy.replace(" ", "\n", 40), f"\n {copy}  "], data)[0]["creativity"].tolist() == [0, 0]
+
+
+def test_the_stories_of_a_stream():
+    assert [story.tolist() for story in split_stories(np.array([9, 1, 2, 9, 3, 9]), 9)] == [[1, 2], [3]]
+
+
+@given(values=st.lists(st.floats(-5, 5), min_size=2, max_size=9))
+def test_the_standard_error_of_the_mean(values):
+    mean, error = mean_and_error(values)
+    assert mean == pytest.approx(np.mean(values))
+    assert error == pytest.approx(np.std(values, ddof=1) / len(values) ** 0.5, abs=1e-9)
+    twice = mean_and_error(values * 2, [*range(len(values))] * 2)  # the same said twice is no further evidence
+    assert twice == pytest.approx((mean, error), abs=1e-9)
+    assert mean_and_error([]) == (None, None) and mean_and_error([1.0]) == (1.0, None)
 
 
 def test_copies_are_not_creative_and_new_stories_are(data):
@@ -183,6 +221,22 @@ def test_the_nearest_story_is_found_by_brute_force_too():
             'secret gift from his aunt. A tear ran down his nose. "My uncle gave it to me," he said.',
             "uncle, not aunt",
         ),
+        (  # the second half of a telling is missing
+            "This is the story of Tom, a small boy. He lived in a hut near the sea. Tom had an old red drum. It was a "
+            "secret gift from his aunt. Tom had an old green drum. The end.",
+            "colour green",
+        ),
+        (
+            "This is the story of Tom, a small boy. He lived in a hut near the sea. Kate was tempted. But she shook "
+            'her head. "I still have to carry the groceries," she said.',
+            "Kate, not Tom",
+        ),
+        (
+            'The errand. "Take the rice and the figs to your cousin, who is ill," said his mom. "Have the rice," said '
+            'Tom, and Victor ate happily. "What did you bring?" "The rice," said Tom. "I gave the rice to Victor, who '
+            'was hungry."',
+            "rice: at Victor",
+        ),
     ],
 )
 def test_the_verdict_says_what_is_wrong(text, says):
@@ -220,9 +274,7 @@ def command(monkeypatch, capsys, *arguments):
 
 
 def test_the_command_scores_a_file_and_explains(data, tmp_path, monkeypatch, capsys):
-    folder = (
-        data[1].filename.parent if hasattr(data[1].filename, "parent") else re.sub("/train.bin$", "", data[1].filename)
-    )
+    folder = Path(data[1].filename).parent
     wrong = Author(5, 0).text.replace(Author(5, 0).told[-1].split()[-1], "zzz")
     (tmp_path / "a.txt").write_text(f"{Author(5, 1).text}\n\n{wrong}")
     status, out, err = command(monkeypatch, capsys, "judge", tmp_path / "a.txt", "--explain", f"--data={folder}")
@@ -234,4 +286,3 @@ def test_the_command_scores_a_file_and_explains(data, tmp_path, monkeypatch, cap
         assert status == 2 and says in err and err.count("\n") == 1
     status, out, err = command(monkeypatch, capsys, "judge", tmp_path / "a.txt", "--data=/nowhere")
     assert status == 2 and "/nowhere" in err
-    assert not set(LISTS["girl"]) & {"zzz"}
