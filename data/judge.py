@@ -6,7 +6,7 @@ it mentions is compared with what was said before. The scores are 0 to 10:
     grammar       10 times the share of words that stand in sentences of the world, capitals and punctuation included
     consistency   10 times the share of checkable statements that agree with what was told: somebody or something
                   mentioned again, a pronoun, a colour, a fact recalled. About a fifth of them recall something: the
-                  world's own stories with every recalled word replaced by another have 7.5. Without statements: 0
+                  world's own stories with every recalled word replaced by another have 7.7. Without statements: 0
     creativity    10 times the share of sequences of 8 tokens that are neither in the nearest training story nor a
                   repetition, over that share in unseen stories: a copy has 0, a new story about 10, and at most 10
 
