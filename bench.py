@@ -343,10 +343,12 @@ def cells(rows, columns):
     columns = [c for c in columns if any(row.get(c) is not None for row in rows)]
     lines = [["attn", *(COLUMNS[c][0] for c in columns)]]
     for row in rows:
-        told = [
-            COLUMNS[c][1].format(row[c], row.get(f"{c}_error") or math.nan) if row.get(c) is not None else ""
-            for c in columns
-        ]
+        told = []
+        for c in columns:
+            error = row.get(f"{c}_error")
+            told.append(
+                "" if row.get(c) is None else COLUMNS[c][1].format(row[c], math.nan if error is None else error)
+            )
         lines.append([row.get("name") or name_of(row), *told])
     return lines
 
@@ -417,11 +419,14 @@ def draw(path, report):
     panels = 1 + trained + curves
     figure = Figure(figsize=(2 + 5.3 * panels, 4.5), layout="constrained")
     speed, *others = figure.subplots(1, panels, squeeze=False)[0][::-1]
-    shown = dict.fromkeys(r.get("name") or name_of(r) for r in rows if trained or r["rank"] in (None, 0.5))
-    for name in shown:
+    rows_shown = [r for r in rows if trained or r["rank"] in (None, 0.5)]
+    names = {r.get("name") or name_of(r): (r["attn"], r["joint"]) for r in rows_shown}
+    for name in names:
         mine = sorted((r for r in rows if (r.get("name") or name_of(r)) == name), key=lambda r: r["context"])
         one = mine[0]
-        style = dict(color=COLOURS[one["attn"]], linestyle="--" if one["joint"] else "-", marker="o", label=name)
+        alike = [other for other in names if names[other] == (one["attn"], one["joint"])]
+        style = dict(color=COLOURS[one["attn"]], linestyle="--" if one["joint"] else "-", label=name)
+        style["marker"] = "osD^vP*X"[alike.index(name) % 8]
         speed.plot([r["context"] for r in mine], [max(r["expanded"], r.get("absorbed") or 0) for r in mine], **style)
         loss = one.get("excess" if floored else "val_loss")
         if trained and loss is not None:

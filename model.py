@@ -587,10 +587,19 @@ def load_checkpoint(path, device="cpu"):
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise ValueError(f"{path}: not a checkpoint of this version ({FORMAT})")
     try:
+        config, weights = GPTConfig(**checkpoint["config"]), checkpoint["model"]
+        # A small file must not ask for a large model, by its configuration or by tensors that repeat their numbers.
+        layers = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
+        if len(layers) != config.n_layer:
+            raise ValueError(f"n_layer={config.n_layer}, but weights of {len(layers)} layers")
+        if sum(w.nbytes for w in weights.values()) > os.path.getsize(path):
+            raise ValueError("the weights are larger than the file")
+        if not all(w.is_floating_point() for w in weights.values()):
+            raise ValueError("not all weights are floating-point numbers")
         with torch.device("meta"):  # shapes only: the memory is that of the tensors in the file
-            model = GPT(GPTConfig(**checkpoint["config"]))
+            model = GPT(config)
         # As a plain dict, because PyTorch notes assign=True in its own kind of dict, and later loads from it obey.
-        model.load_state_dict(dict(checkpoint["model"]), assign=True)
+        model.load_state_dict(dict(weights), assign=True)
     except Exception as error:  # likewise: anything can stand in the file
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path}: weights and configuration do not fit together: {reason}") from error
@@ -629,7 +638,10 @@ def main():
     if not 0 <= args.seed < 2**63:
         raise ValueError(f"--seed={args.seed}: must be from 0 to 2^63 - 1")
     model, checkpoint = load_checkpoint(args.checkpoint, args.device)
-    tokenizer = load_tokenizer(checkpoint["meta"]["tokenizer"])
+    meta = checkpoint.get("meta")
+    tokenizer = load_tokenizer(meta.get("tokenizer") if type(meta) is dict else None)
+    if tokenizer.n_vocab != model.config.vocab_size:
+        raise ValueError(f"{args.checkpoint}: has {model.config.vocab_size} tokens, its tokenizer {tokenizer.n_vocab}")
     print(tell(model, tokenizer, args.prompt, args.tokens, args.temperature, args.top_k, args.seed))
 
 

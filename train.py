@@ -10,7 +10,9 @@ import itertools
 import json
 import math
 import os
+import platform
 import signal
+import subprocess
 import sys
 import time
 from argparse import SUPPRESS, BooleanOptionalAction
@@ -128,7 +130,11 @@ def resolve(given):
         if "optimizer" not in last:
             raise ValueError(f"--resume: {path} holds a model, but not the state of a run")
         of_this_machine = ("resume", "out", "device", "compile")
-        saved = {k: v for k, v in (last["options"] | last["config"]).items() if k not in of_this_machine}
+        try:
+            Options(**last["options"])
+            saved = {k: v for k, v in (last["options"] | last["config"]).items() if k not in of_this_machine}
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"--resume: {path} is damaged: {error!r}") from error
         for name, value in given.items():
             if name not in of_this_machine and value != saved[name]:
                 raise ValueError(f"--resume: the run has --{name}={saved[name]}, not {value}; leave that flag out")
@@ -204,8 +210,21 @@ def write(path, checkpoint):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # RuntimeError is PyTorch's, of a write that failed
+        reason = error.__context__ or error
+        raise OSError(f"{path}: cannot be written, what was there before is still whole: {reason}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def provenance():
+    """What made a checkpoint, besides its options: versions, and the revision of this code, if it is under git."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        revision = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        revision = None
+    return {"python": platform.python_version(), "torch": str(torch.__version__), "revision": revision}
 
 
 def peak_flops(device):
@@ -276,12 +295,18 @@ class Run:
         groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": gains, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
         self.first, self.best = 0, math.inf
-        self.losses, self.seconds = [], 0.0  # of the steps since the last report
+        self.losses, self.seconds, self.norm = [], 0.0, None  # of the steps since the last report
+        self.made_by = provenance()
         self.resumed = last is not None
         if last:
-            self.model.load_state_dict(last["model"])
-            self.optimizer.load_state_dict(last["optimizer"])
-            self.first, self.best, self.losses, self.seconds = (last[k] for k in ("step", "best", "losses", "seconds"))
+            try:
+                self.model.load_state_dict(last["model"])
+                self.optimizer.load_state_dict(last["optimizer"])
+                progress = ("step", "best", "losses", "seconds")
+                self.first, self.best, self.losses, self.seconds = (last[key] for key in progress)
+                self.first, self.best, self.losses = int(self.first), float(self.best), [*map(float, self.losses)]
+            except Exception as error:  # anything can stand in the file
+                raise ValueError(f"--resume: {options.out}/last.pt is damaged: {error!r}"[:300]) from error
         net = torch.compile(self.model) if options.compile else self.model
         self.net = DistributedDataParallel(net) if self.world > 1 else net
         self.autocast = nullcontext()
@@ -319,6 +344,7 @@ class Run:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.losses.append(float(total))
+        self.norm = float(norm)
 
     def rescue(self):
         return f"the best model so far is in {self.out / 'ckpt.pt'}; try a lower --lr than {self.options.lr}"
@@ -351,6 +377,7 @@ class Run:
             "step": step,
             "val_loss": val_loss,
             "floor": floor,
+            "made_by": self.made_by,
         }
         if val_loss is not None and val_loss < self.best:
             self.best = val_loss
@@ -375,7 +402,8 @@ class Run:
             f"{step:6}{cell(loss, 8, '.4f')}{val_loss:8.4f}{cell(excess, 8, '.4f')}"
             f"{cell(rate, 10, ',.0f')}{cell(mfu, 6, '.0%')}{cell(left, 9)}"
         )
-        entry = {"step": step, "loss": loss, "val_loss": val_loss, "excess": excess, "tokens_per_second": rate}
+        entry = {"step": step, "loss": loss, "val_loss": val_loss, "excess": excess}
+        entry |= {"gradient_norm": self.norm, "tokens_per_second": rate}
         with open(self.out / "log.jsonl", "a") as log:
             log.write(json.dumps(entry) + "\n")
         self.losses, self.seconds = [], 0.0

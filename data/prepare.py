@@ -65,8 +65,18 @@ def run(main):
 def load_tokenizer(name):
     """The tiktoken.Encoding of that name: "stories" (ships with this file) or "gpt2" (downloaded once by tiktoken)."""
     if name == "stories":
-        lines = VOCABULARY.read_text(encoding="ascii").splitlines()
-        ranks = {base64.b64decode(token): int(rank) for token, rank in map(str.split, lines)}
+        try:
+            lines = VOCABULARY.read_text(encoding="ascii").splitlines()
+            ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in map(str.split, lines)}
+            if (
+                sorted(ranks.values()) != list(range(len(lines)))
+                or not {bytes([i]) for i in range(256)} <= ranks.keys()
+            ):
+                raise ValueError("ranks or bytes are missing")
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{VOCABULARY}: damaged ({error}); make it with: python data/stories.py vocabulary"
+            ) from error
         return tiktoken.Encoding(name, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={END: len(ranks)})
     if name == "gpt2":
         try:
@@ -208,6 +218,29 @@ def prepare(source="stories", stories=None, tokenizer=None, seed=0, root=DATA):
     return folder
 
 
+def check_meta(meta):
+    """Raise ValueError that names what is wrong with the contents of a meta.json."""
+
+    def is_count(value):
+        return type(value) is int and value > 0
+
+    def is_nats(value):
+        return type(value) in (int, float) and 0 <= value < float("inf")
+
+    nats, known = meta["val_nats"], meta["floor"] is not None
+    whole = {
+        "source": type(meta["source"]) is str,
+        "tokenizer": meta["tokenizer"] in ("stories", "gpt2"),
+        "vocab_size": is_count(meta["vocab_size"]) and meta["vocab_size"] <= 65535,
+        "floor": meta["floor"] is None or is_nats(meta["floor"]),
+        "val_nats": nats is None
+        or (type(nats) is list and len(nats) == meta["val_stories"] and all(map(is_nats, nats))),
+    } | {f"{split}_{of}": is_count(meta[f"{split}_{of}"]) for split in ("train", "val") for of in ("tokens", "stories")}
+    wrong = [key for key, right in whole.items() if not right] + ["floor"] * (known != (nats is not None))
+    if wrong:
+        raise ValueError(f"meta.json: {wrong[0]}={str(meta[wrong[0]])[:50]}")
+
+
 def load_data(folder):
     """A folder that prepare() wrote -> meta (a dict), train and val (memory-mapped uint16). ValueError if damaged."""
     folder = Path(folder)
@@ -215,10 +248,11 @@ def load_data(folder):
         raise ValueError(f"{folder}: no such data folder; data/prepare.py makes them, such as data/mine from mine.txt")
     try:
         meta = json.loads((folder / "meta.json").read_text())
+        check_meta(meta)
         splits = [np.memmap(folder / f"{split}.bin", dtype=np.uint16, mode="r") for split in ("train", "val")]
         lengths = [meta[f"{split}_tokens"] + 1 for split in ("train", "val")]
         whole = [len(tokens) for tokens in splits] == lengths and max(map(np.max, splits)) < meta["vocab_size"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{folder}: not whole ({error}); make it with data/prepare.py") from error
     if not whole:
         raise ValueError(f"{folder}: .bin files and meta.json do not fit together; make it again with data/prepare.py")

@@ -236,9 +236,9 @@ class Oracle(torch.nn.Module):
 def test_recall_is_the_probability_of_the_right_word_among_its_rivals():
     tokenizer = load_tokenizer("stories")
     stories = [tokenizer.encode_ordinary(Author(0, index).text) for index in range(10)]
-    distances, sure = bench.recall(Oracle(1 - 1e-9), stories, tokenizer)
+    _, distances, sure = bench.recall(Oracle(1 - 1e-9), stories, tokenizer)
     assert len(distances) > 20 and sure.min() > 0.99
-    chances, last = bench.recall(Oracle(1 / 4096), stories, tokenizer)[1], []
+    chances, last = bench.recall(Oracle(1 / 4096), stories, tokenizer)[2], []
     for asked in questions(stories, tokenizer):
         for question in asked:
             chance, left = 1.0, question.candidates

@@ -287,29 +287,41 @@ def small(attn, joint=False, dtype=torch.float64):
 
 
 # absorb, and the tolerance of logits whose deviation is about 0.1: rounding, layer after layer.
-WAYS = [(False, torch.float64, 1e-9), (None, torch.float64, 1e-9), (None, torch.float32, 1e-6)]
+WAYS = [(None, torch.float64, 1e-9), (False, torch.float64, 1e-9), (None, torch.float32, 1e-6)]
+WAYS += [(None, torch.bfloat16, 0.01)]
 
 
-@pytest.mark.parametrize("attn, joint", VARIANTS)
-@pytest.mark.parametrize("absorb, dtype, tolerance", [*WAYS, (None, torch.bfloat16, 0.01)])
-def test_a_decoder_of_fixed_shapes_equals_the_full_forward(attn, joint, absorb, dtype, tolerance, graphs):
-    """Compiled and not, in all three precisions: against float64 with the same weights."""
+def check_decoder(attn, joint, absorb, dtype, tolerance, compiled):
+    """Against float64 with the same weights."""
     model = small(attn, joint, dtype)
     exact = copy.deepcopy(model).double()
     idx = torch.randint(11, (3, 12), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         wanted = exact(idx, idx)[0]
-        for compiled in (True, False):
-            cache = model.init_cache(3, absorb=absorb)
-            cache.rows.fill_(7.0)  # what empty places hold must not matter
-            model(idx[:, :4], cache=cache)
-            decode = model.decoder(cache, compiled)
-            for place in range(4, 12):
-                logits = decode(idx[:, place : place + 1]).double()
-                assert (logits - wanted[:, place]).abs().max() < tolerance
-            assert cache.pos == 12
-            with pytest.raises(ValueError, match="13 tokens do not fit into a cache of 12"):
-                decode(idx[:, :1])
+        cache = model.init_cache(3, absorb=absorb)
+        cache.rows.fill_(7.0)  # what empty places hold must not matter
+        model(idx[:, :4], cache=cache)
+        decode = model.decoder(cache, compiled)
+        for place in range(4, 12):
+            logits = decode(idx[:, place : place + 1]).double()
+            assert (logits - wanted[:, place]).abs().max() < tolerance
+        assert cache.pos == 12
+        with pytest.raises(ValueError, match="13 tokens do not fit into a cache of 12"):
+            decode(idx[:, :1])
+
+
+@pytest.mark.parametrize("attn, joint", VARIANTS)
+@pytest.mark.parametrize("absorb, dtype, tolerance", WAYS)
+def test_decoding_equals_the_full_forward_in_all_precisions(attn, joint, absorb, dtype, tolerance):
+    check_decoder(attn, joint, absorb, dtype, tolerance, compiled=False)
+
+
+COMPILED = [(*variant, *WAYS[0]) for variant in VARIANTS] + [("mla_decoupled", True, *way) for way in WAYS[1:]]
+
+
+@pytest.mark.parametrize("attn, joint, absorb, dtype, tolerance", COMPILED)
+def test_a_compiled_decoder_equals_the_full_forward(attn, joint, absorb, dtype, tolerance, graphs):
+    check_decoder(attn, joint, absorb, dtype, tolerance, compiled=True)
     assert len(graphs) == 1
 
 

@@ -1,0 +1,85 @@
+"""Kill training at random moments, again and again, and look at what is left: python tests/kill.py [HOW_OFTEN]
+
+After each SIGKILL both checkpoints must load, with nothing lost that was saved, and the run goes on from there. A run
+that reaches its end in spite of all must have the weights and the log of one that was never killed, bit for bit.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+
+import train
+from data.prepare import prepare
+from model import load_checkpoint
+
+FLAGS = "--n_layer=1 --n_head=2 --n_embd=32 --block_size=64 --batch_size=4 --steps=100 --eval_interval=5 --eval_steps=1"
+
+
+def start(data, out):
+    """A training process, resumed if there is something to resume: its process id."""
+    pid = os.fork()
+    if pid == 0:  # forked, because starting Python and PyTorch anew would take most of the time
+        try:
+            torch.set_num_threads(1)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            flags = [*FLAGS.split(), f"--data={data}", f"--out={out}"]
+            flags += ["--resume"] if (out / "last.pt").exists() else []
+            os._exit(train.Run(train.parse_arguments(flags)).train() or 0)
+        finally:
+            os._exit(1)
+    return pid
+
+
+def log_of(out):
+    """Steps and losses of the lines that are whole."""
+    lines = (out / "log.jsonl").read_text().splitlines(keepends=True) if (out / "log.jsonl").exists() else []
+    entries = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [(entry["step"], entry["loss"], entry["val_loss"]) for entry in entries]
+
+
+def kill(times, seed=0, folder=None):
+    """Kill that often -> how many runs reached their end. AssertionError if anything was lost or differs."""
+    chance, ended = random.Random(seed), 0
+    folder = Path(folder or tempfile.mkdtemp())
+    data = prepare(stories=100, root=folder)
+    whole, out, killed, saved = folder / "whole", folder / "run-0", 0, -1
+    assert os.waitpid(start(data, whole), 0)[1] == 0
+    while killed < times:
+        pid, death = start(data, out), time.monotonic() + chance.uniform(0.02, 1)
+        while time.monotonic() < death and not (gone := os.waitpid(pid, os.WNOHANG))[0]:
+            time.sleep(0.001)
+        if gone[0]:
+            assert gone[1] == 0, f"training failed with status {gone[1]}"
+            ours, theirs = (load_checkpoint(run / "last.pt")[1] for run in (out, whole))
+            assert all(torch.equal(ours["model"][name], theirs["model"][name]) for name in theirs["model"])
+            assert log_of(out) == log_of(whole)
+            shutil.rmtree(out)
+            ended, saved, out = ended + 1, -1, folder / f"run-{ended + 1}"
+            continue
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        killed += 1
+        for path in (out / "ckpt.pt", out / "last.pt"):
+            if path.exists():
+                step = load_checkpoint(path)[1]["step"]
+        if (out / "last.pt").exists():
+            assert step >= saved and step >= max((entry[0] for entry in log_of(out)), default=0) - 5, (
+                "something was lost"
+            )
+            saved = step
+    return ended
+
+
+if __name__ == "__main__":
+    times = int(sys.argv[1]) if len(sys.argv) > 1 else 100
+    print(f"killed {times} times: nothing lost; {kill(times)} runs reached their end, each as if never killed")
