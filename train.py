@@ -68,6 +68,11 @@ class Options:
     compile: bool = option(None, "torch.compile the model (on cuda)")
 
     def __post_init__(self):
+        for f in fields(self):  # a checkpoint can hold anything
+            value, choices = getattr(self, f.name), f.metadata["choices"]
+            right = type(value) is f.type or (type(value), f.type) == (int, float) or value is None is f.default
+            if not right or value is not None and choices and value not in choices:
+                raise ValueError(f"--{f.name}={value!r}: must be " + (", ".join(choices or ()) or f.type.__name__))
         self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         on_cuda = self.device.startswith("cuda")
         self.size = self.size or ("30m" if on_cuda else "tiny")

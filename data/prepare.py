@@ -36,6 +36,12 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options):
         super().__init__(allow_abbrev=False, **options)
 
+    def parse_known_args(self, args=None, namespace=None):
+        for word in sys.argv[1:] if args is None else args:
+            if word.startswith("--") and word.endswith("=--"):  # argparse takes the value away, and the type with it
+                self.error(f"{word}: no value")
+        return super().parse_known_args(args, namespace)
+
     def error(self, message):
         raise ValueError(f"{message} (see --help)")
 

@@ -347,6 +347,8 @@ def main():
         "--data", type=Path, default=DATA / "stories", help="what they must not be copied from (%(default)s)"
     )
     args = parser.parse_args()
+    if args.command == "vocabulary" and not 256 <= args.size < 65535:
+        raise ValueError(f"--size={args.size}: must be from 256, the bytes, to 65534")
     if args.command == "judge":
         from data.judge import report
 

@@ -1,0 +1,351 @@
+"""Crashes, several processes, hostile files, command lines. TRIES=2000 python -m pytest tests/test_trust.py: more."""
+
+import contextlib
+import copy
+import io
+import json
+import os
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import bench
+import model
+import spectrum
+import train
+from data import prepare as prep
+from data import stories as world
+from data.prepare import load_data, prepare
+from model import load_checkpoint
+
+ROOT = Path(__file__).parent.parent
+TRIES = int(os.environ.get("TRIES", 30))
+SMALL = "--n_layer=1 --n_head=2 --n_embd=32 --block_size=64 --batch_size=4 --eval_steps=1 --device=cpu".split()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return prepare(stories=100, root=tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def out(data, tmp_path_factory):
+    """The folder of a run that has ended."""
+    out = tmp_path_factory.mktemp("out")
+    flags = [*SMALL, "--attn=mla", "--steps=2", "--eval_interval=1"]
+    train.Run(train.parse_arguments([*flags, f"--data={data}", f"--out={out}"])).train()
+    return out
+
+
+def losses(folder):
+    return [json.loads(line)["val_loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+# Crashes
+
+
+def test_killed_runs_lose_nothing_that_was_saved():
+    ended = subprocess.run(
+        [sys.executable, "tests/kill.py", "2"], cwd=ROOT, capture_output=True, text=True, timeout=200
+    )
+    assert ended.returncode == 0 and "killed 2 times: nothing lost" in ended.stdout, ended.stderr[-2000:]
+
+
+@pytest.mark.parametrize("trouble", ["disk", "removed", "nowhere"])
+def test_a_disk_that_fails_ends_in_one_line_and_keeps_the_last_checkpoint(trouble, data, tmp_path, monkeypatch):
+    """A file system that takes no more than 100 KB in a file; a folder that is gone; one that cannot be made."""
+    out = tmp_path / "out"
+    flags = [*SMALL, "--steps=6", "--eval_interval=2", f"--data={data}"]
+    flags += [f"--out={out if trouble != 'nowhere' else '/proc/out'}"]
+    assert trouble == "nowhere" or call(train.main, flags)[0] == 0
+    before = trouble == "disk" and (out / "ckpt.pt").read_bytes()
+    limits, step = resource.getrlimit(resource.RLIMIT_FSIZE), train.Run.step
+
+    def step_and_remove(self, number):
+        step(self, number)
+        if trouble == "removed" and number == 2:
+            shutil.rmtree(out)
+
+    monkeypatch.setattr(train.Run, "step", step_and_remove)
+    if trouble == "disk":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        status, err = call(train.main, flags)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert status == 1 and err.count("\n") == 1 and "/out" in err, err
+    if trouble == "disk":
+        assert "cannot be written" in err and (out / "previous-1" / "ckpt.pt").read_bytes() == before
+        assert not list(out.glob("*.tmp"))
+
+
+# Several processes
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def two_processes(rank, ports, data, folder):
+    """One of two processes that train: a run; one that is stopped by a signal to one of them; that one resumed."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    torch.set_num_threads(1)
+    flags = [*SMALL, "--steps=6", "--eval_interval=2", "--dtype=float32", "--grad_accum=2", f"--data={data}"]
+    runs = [("whole", flags, False), ("stopped", flags, True), ("stopped", ["--resume"], False)]
+    for port, (name, given_flags, stop) in zip(ports, runs, strict=True):
+        os.environ["MASTER_PORT"] = str(port)
+        run = train.Run(train.parse_arguments([*given_flags, f"--out={folder}/{name}"]))
+        step = run.step
+        if stop and rank == 1:
+            run.step = lambda number, step=step: (step(number), number == 2 and os.kill(os.getpid(), signal.SIGINT))
+        assert run.train() == (130 if stop else None)
+        torch.distributed.barrier()  # what the first has saved the second resumes from
+        torch.distributed.destroy_process_group()
+
+
+def test_two_processes_are_as_one_and_resume_exactly(data, tmp_path):
+    mp.spawn(two_processes, ([free_port() for _ in range(3)], data, tmp_path), nprocs=2)
+    whole, stopped = (load_checkpoint(tmp_path / name / "last.pt")[1] for name in ("whole", "stopped"))
+    assert all(torch.equal(whole["model"][name], stopped["model"][name]) for name in whole["model"])
+    assert losses(tmp_path / "whole") == losses(tmp_path / "stopped")
+    flags = [*SMALL, "--steps=6", "--eval_interval=2", "--dtype=float32", "--grad_accum=2", f"--data={data}"]
+    train.Run(train.parse_arguments([*flags, f"--out={tmp_path}/one"])).train()
+    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "whole"), abs=1e-4)
+
+
+def test_if_one_process_dies_all_end(data, tmp_path):
+    flags = [*SMALL, "--steps=1000000", "--eval_interval=5", f"--data={data}", f"--out={tmp_path}"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *flags]
+    run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "last.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    ranks = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    assert len(ranks) == 2
+    os.kill(int(ranks[1]), signal.SIGKILL)
+    assert run.wait(timeout=120) != 0
+    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
+    load_checkpoint(tmp_path / "last.pt")
+
+
+# Where a checkpoint comes from, and hostile ones
+
+
+def test_a_checkpoint_says_what_made_it(out):
+    checkpoint = load_checkpoint(out / "ckpt.pt")[1]
+    assert checkpoint["made_by"]["torch"] == str(torch.__version__) and "revision" in checkpoint["made_by"]
+    assert checkpoint["options"]["seed"] == 0 and checkpoint["meta"]["floor"] > 0
+    entries = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert entries[0]["gradient_norm"] is None and entries[-1]["gradient_norm"] > 0
+
+
+def loads(path):
+    """Does it load? What does not must raise ValueError, and nothing else."""
+    try:
+        load_checkpoint(path)
+    except ValueError as error:
+        assert str(path) in str(error)
+        return False
+    return True
+
+
+@given(place=st.floats(0, 1), bit=st.integers(0, 7))
+@settings(max_examples=TRIES, deadline=None)
+def test_flipped_bits_give_one_line_or_a_model(out, tmp_path_factory, place, bit):
+    content = bytearray((out / "ckpt.pt").read_bytes())
+    content[int(place * (len(content) - 1))] ^= 1 << bit
+    path = tmp_path_factory.getbasetemp() / "flipped.pt"
+    path.write_bytes(content)
+    loads(path)
+
+
+@given(share=st.floats(0, 0.9999))
+@settings(max_examples=TRIES, deadline=None)
+def test_truncated_files_do_not_load(out, tmp_path_factory, share):
+    content = (out / "ckpt.pt").read_bytes()
+    path = tmp_path_factory.getbasetemp() / "cut.pt"
+    path.write_bytes(content[: int(share * len(content))])
+    assert not loads(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: c["config"].update(n_layer=10**9),
+        lambda c: c["config"].update(n_embd=2**40, n_head=1),
+        lambda c: c["model"].update({"tokens.weight": torch.zeros(1).expand(3072, 32)}),
+        lambda c: c["model"].update({"tokens.weight": torch.zeros(3072, 32, dtype=torch.int64)}),
+        lambda c: c["model"].update({"tokens.weight": 7}),
+        lambda c: c["model"].update({"tokens.weight": torch.zeros(1).expand(10**6, 10**6)}),
+    ],
+)
+def test_a_small_file_never_makes_a_large_model(change, out, tmp_path):
+    checkpoint = copy.deepcopy(torch.load(out / "ckpt.pt", weights_only=True))
+    change(checkpoint)
+    torch.save(checkpoint, tmp_path / "a.pt")
+    begun = time.monotonic()
+    assert not loads(tmp_path / "a.pt") and time.monotonic() - begun < 20
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+)
+
+
+def call(main, arguments):
+    """Run a script's main as its command line would -> exit status, stderr. No other exception may escape."""
+    previous, sys.argv = sys.argv, ["script.py", *map(str, arguments)]
+    handler, err = signal.getsignal(signal.SIGTERM), io.StringIO()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(err):
+            status = prep.run(main)
+    except SystemExit as stop:
+        status = stop.code
+    finally:
+        sys.argv = previous
+        signal.signal(signal.SIGTERM, handler)
+    err = err.getvalue()
+    assert status in (None, 0, 1, 2), err
+    assert not status or err.splitlines()[-1].startswith("script.py: "), err
+    return status or 0, err
+
+
+@given(
+    key=st.sampled_from(["options", "config", "meta", "step", "best", "losses", "seconds", "optimizer", "model"]),
+    value=values,
+)
+@settings(max_examples=TRIES, deadline=None)
+def test_a_hostile_last_checkpoint_is_not_resumed(out, data, tmp_path_factory, key, value):
+    folder = tmp_path_factory.mktemp("hostile")
+    checkpoint = torch.load(out / "last.pt", weights_only=True)
+    if isinstance(checkpoint[key], dict) and checkpoint[key] and not isinstance(value, dict):
+        checkpoint[key][next(iter(checkpoint[key]))] = value
+    else:
+        checkpoint[key] = value
+    torch.save(checkpoint, folder / "last.pt")
+    call(train.main, ["--resume", f"--out={folder}"])
+
+
+@given(
+    key=st.sampled_from(["source", "tokenizer", "vocab_size", "floor", "val_nats", "train_tokens", "val_stories"]),
+    value=values,
+)
+@settings(max_examples=TRIES, deadline=None)
+def test_a_hostile_meta_is_refused_or_harmless(data, tmp_path_factory, key, value):
+    folder = tmp_path_factory.mktemp("hostile") / "data"
+    shutil.copytree(data, folder)
+    meta = json.loads((folder / "meta.json").read_text()) | {key: value}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    try:
+        load_data(folder)
+    except ValueError as error:
+        assert str(folder) in str(error)
+    else:
+        status, err = call(train.main, [*SMALL, "--steps=1", f"--data={folder}", f"--out={folder.parent}"])
+        assert status == 0 or key in ("tokenizer", "vocab_size", "val_stories"), err
+
+
+@given(content=st.binary(max_size=50) | st.text(max_size=50).map(str.encode))
+@settings(max_examples=TRIES, deadline=None)
+def test_a_damaged_vocabulary_is_one_line(content, tmp_path_factory):
+    path = tmp_path_factory.getbasetemp() / "a.tiktoken"
+    path.write_bytes(content)
+    previous, prep.VOCABULARY = prep.VOCABULARY, path
+    try:
+        with pytest.raises(ValueError, match="damaged"):
+            prep.load_tokenizer("stories")
+    finally:
+        prep.VOCABULARY = previous
+
+
+# Command lines
+
+WORDS = [
+    "",
+    "0",
+    "-1",
+    "1",
+    "2",
+    "16",
+    "nan",
+    "inf",
+    "-inf",
+    "1e400",
+    "0.5",
+    "x",
+    "None",
+    "\x00",
+    "½",
+    "9" * 30,
+    "--",
+    "=",
+    "cpu",
+]
+WORDS += ["float32", "mps", "/", "..", "stories", "mla", "gqa", "-h", "--help", "True"]
+FLAGS = {
+    train.main: "size data out resume steps batch_size grad_accum lr warmup weight_decay grad_clip eval_interval "
+    "eval_steps seed device dtype compile attn rank joint rope_dim rope_base dropout n_layer n_head n_embd "
+    "block_size nothing",
+    model.main: "prompt tokens temperature top_k seed device nothing",
+    spectrum.main: "null circuit out nothing",
+    bench.main: "attn size batch context dtype device rounds judge columns out table nothing",
+    prep.main: "stories tokenizer seed nothing",
+    world.main: "seed size explain data nothing",
+}
+
+
+@pytest.mark.parametrize("main", FLAGS, ids=lambda main: main.__module__)
+def test_no_command_line_ends_in_a_traceback(main, data, out, tmp_path_factory, monkeypatch):
+    folder = tmp_path_factory.mktemp("fuzz")
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(prep, "TINYSTORIES", "http://127.0.0.1:9/nothing.txt")
+    monkeypatch.setattr(prep, "DATA", folder)  # where prepare would write
+    monkeypatch.setattr(prep.prepare, "__defaults__", (*prep.prepare.__defaults__[:-1], folder))
+    monkeypatch.setattr(bench, "ceilings", lambda device, dtype: (1e10, 1e11))
+    monkeypatch.setattr(bench, "SHAPES", {size: dict(n_layer=1, n_head=2, n_embd=16) for size in bench.SHAPES})
+    base = {
+        train.main: [*SMALL, "--steps=1", f"--data={data}", "--out=run"],
+        model.main: [out / "ckpt.pt", "--tokens=1"],
+        spectrum.main: [out / "ckpt.pt", "--out=."],
+        bench.main: ["--attn=mla", "--context=4", "--batch=1", "--rounds=1", "--dtype=float32"],
+        prep.main: ["stories", "--stories=2"],
+        world.main: [],
+    }[main]
+    words = [*WORDS, out / "ckpt.pt", out, __file__, *(["tell", "judge"] if main is world.main else [])]
+    flag = st.sampled_from(FLAGS[main].split()).map("--{}".format)
+    word = st.sampled_from(words)
+    pair = st.tuples(flag, word).map(lambda pair: f"{pair[0]}={pair[1]}")
+    argument = st.one_of(*[pair] * 8, flag, word)  # most are well-formed, or nothing gets further than the parser
+
+    @given(arguments=st.lists(argument, min_size=1, max_size=3))
+    @settings(max_examples=TRIES, deadline=None)
+    def fuzz(arguments):
+        call(main, [*base, *arguments])
+
+    fuzz()
+
+
+def test_every_flag_is_tried(capsys, monkeypatch):
+    """FLAGS above holds what --help shows."""
+    for main, flags in FLAGS.items():
+        monkeypatch.setattr(sys, "argv", ["script.py", "--help"])
+        with pytest.raises(SystemExit):
+            main()
+        shown = {word.strip("-,[]") for word in capsys.readouterr().out.split() if word.strip("[").startswith("--")}
+        missing = {name for name in shown if name.isidentifier()} - set(flags.split()) - {"help", "train"}
+        assert not missing, (main.__module__, missing)
