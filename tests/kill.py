@@ -17,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
+import torch._dynamo  # AdamW would import it in every child
 
 import train
 from data.prepare import prepare
