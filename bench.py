@@ -250,11 +250,11 @@ def sample(model, tokenizer, count, temperature=0.8, seed=0):
     end, texts = tokenizer.eot_token, []
     generator = torch.Generator(model.tokens.weight.device).manual_seed(seed)
     while len(texts) < count:
-        idx = torch.full((min(64, count - len(texts)), 1), end, device=model.tokens.weight.device)
+        idx = torch.full((min(64, count), 1), end, device=model.tokens.weight.device)  # one shape, one graph
         room = model.config.block_size - 1
         stories = model.generate(idx, room, temperature, generator=generator, stop=end)[:, 1:].tolist()
         texts += [tokenizer.decode(s[: s.index(end)] if end in s else s) for s in stories]
-    return texts
+    return texts[:count]
 
 
 @torch.no_grad()
@@ -294,6 +294,8 @@ def judged(loaded, count, device):
     told, rows = [], {}
     for path, (model, _) in (bar := tqdm(loaded.items(), leave=False)):
         bar.set_postfix_str(f"{path} tells {count} stories")
+        if device.startswith("cuda"):
+            torch._dynamo.reset()  # as in decode
         told += sample(model.to(device), tokenizer, count)
         story, distances, p = recall(model, unseen, tokenizer)
         bins = np.digitize(distances, DISTANCES) - 1
@@ -313,7 +315,7 @@ def judged(loaded, count, device):
 def median(rounds):
     """One row of several of the same job: the median of each number, and how far apart the speeds are."""
     speeds = [row["speed"] for row in rounds]
-    row = {k: float(np.median([r[k] for r in rounds])) if type(v) is float else v for k, v in rounds[0].items()}
+    row = {k: float(np.median([r[k] for r in rounds])) if isinstance(v, float) else v for k, v in rounds[0].items()}
     return row | {"spread": (max(speeds) - min(speeds)) / 2 / row["speed"]}
 
 

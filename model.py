@@ -61,6 +61,7 @@ class GPTConfig:
         check(self.attn in ATTN, "attn", "one of " + ", ".join(ATTN))
         for field in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
             check(type(getattr(self, field)) is int and getattr(self, field) > 0, field, "a whole number from 1")
+        check(self.block_size <= 2**20, "block_size", "at most 2^20 tokens")
         check(self.vocab_size <= 65535, "vocab_size", "at most 65535: tokens are stored as uint16")
         check(self.n_embd % self.n_head == 0, "n_head", f"a divisor of n_embd={self.n_embd}")
         if self.attn in ROTARY and self.attn != "mla_decoupled":

@@ -137,6 +137,8 @@ def resolve(given):
         of_this_machine = ("resume", "out", "device", "compile")
         try:
             Options(**last["options"])
+            if last["options"].keys() != {f.name for f in fields(Options)} or type(last["meta"]) is not dict:
+                raise ValueError("options or meta are not whole")
             saved = {k: v for k, v in (last["options"] | last["config"]).items() if k not in of_this_machine}
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"--resume: {path} is damaged: {error!r}") from error
@@ -261,8 +263,13 @@ def prepare_folder(out, resumed_at):
             os.replace(file, previous / file.name)
     for log in files if resumed_at is not None else ():
         if log.suffix == ".jsonl":
-            lines = log.read_text().splitlines(keepends=True)
-            kept = (line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= resumed_at)
+            try:
+                lines = log.read_text().splitlines(keepends=True)
+                kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= resumed_at]
+            except (ValueError, LookupError, TypeError, RecursionError) as error:
+                raise ValueError(
+                    f"--resume: {log} is damaged; move it away, and a new one begins: {error!r}"
+                ) from error
             log.with_suffix(".tmp").write_text("".join(kept))
             os.replace(log.with_suffix(".tmp"), log)
 
@@ -277,11 +284,17 @@ class Run:
         self.rank, self.world, self.device = join_processes(options)
         self.meta, self.train_tokens, self.val_tokens = open_data(options.data, self.rank, self.world)
         self.tokenizer = load_tokenizer(self.meta["tokenizer"])
+        end, stories = self.tokenizer.eot_token, [self.meta[f"{split}_stories"] for split in ("train", "val")]
+        ends = [int(np.count_nonzero(tokens == end)) - 1 for tokens in (self.train_tokens, self.val_tokens)]
+        if ends != stories or self.tokenizer.n_vocab != self.meta["vocab_size"]:
+            raise ValueError(
+                f"--data={options.data}: tokens and meta.json do not fit together; make it with data/prepare.py"
+            )
         self.facts = {key: value for key, value in self.meta.items() if key != "val_nats"}
         if last and last["meta"] != self.facts:
             raise ValueError(f"--resume: --data={options.data} is not what the run was trained on")
         self.config = GPTConfig(**shape | {"vocab_size": self.meta["vocab_size"]})
-        block_size, end = self.config.block_size, self.tokenizer.eot_token
+        block_size = self.config.block_size
         if block_size < 16:
             raise ValueError(f"--block_size={block_size}: must be at least 16, to hold the beginning of a story")
         if len(self.train_tokens) <= block_size:
@@ -305,11 +318,7 @@ class Run:
         self.resumed = last is not None
         if last:
             try:
-                self.model.load_state_dict(last["model"])
-                self.optimizer.load_state_dict(last["optimizer"])
-                progress = ("step", "best", "losses", "seconds")
-                self.first, self.best, self.losses, self.seconds = (last[key] for key in progress)
-                self.first, self.best, self.losses = int(self.first), float(self.best), [*map(float, self.losses)]
+                self.restore(last)
             except Exception as error:  # anything can stand in the file
                 raise ValueError(f"--resume: {options.out}/last.pt is damaged: {error!r}"[:300]) from error
         net = torch.compile(self.model) if options.compile else self.model
@@ -320,6 +329,26 @@ class Run:
         self.out = Path(options.out)
         if self.out.exists() and not self.out.is_dir():
             raise ValueError(f"--out={options.out}: is a file; name a folder")
+
+    def restore(self, last):
+        """Take up the state that last.pt holds. Any exception, if it cannot be that of this run."""
+        self.model.load_state_dict(last["model"])
+        mine, state = self.optimizer.state_dict()["param_groups"], last["optimizer"]["state"]
+        weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
+        if list(state) != list(range(len(weights) if last["step"] else 0)):
+            raise ValueError("the optimizer's state is of other weights")
+        for i in state:  # fused AdamW would write wherever the shapes lead it
+            for name, shape in (("exp_avg", weights[i].shape), ("exp_avg_sq", weights[i].shape), ("step", ())):
+                moment = state[i][name]
+                if moment.shape != shape or moment.dtype != torch.float32 or not moment.is_contiguous():
+                    raise ValueError(f"the optimizer's {name} of weight {i} does not fit")
+        self.optimizer.load_state_dict({"state": state, "param_groups": mine})
+        self.first, self.best, self.losses, self.seconds = (last[k] for k in ("step", "best", "losses", "seconds"))
+        numbers = [self.best, self.seconds, *self.losses]
+        right = all(type(n) in (int, float) and n == n for n in numbers) and self.seconds >= 0
+        if not right or type(self.first) is not int or not 0 <= self.first <= self.options.steps:
+            raise ValueError("step, best, losses or seconds are no numbers of this run")
+        self.seconds = max(self.seconds, 1e-9)  # losses without time would be infinitely fast
 
     def step(self, step):
         """Forward, backward and update on the batches of this step. FloatingPointError if they are not finite."""
@@ -489,6 +518,10 @@ def main():
     given = parse_arguments()
     try:
         sys.exit(Run(given).train())
+    except RuntimeError as error:
+        if dist.is_initialized() and "memory" not in str(error):  # gloo and nccl say so when the others are gone
+            raise OSError(f"another process ended, see its message: {str(error)[:100]}") from error
+        raise
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -12,6 +12,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -36,7 +37,8 @@ def start(data, out):
             flags = [*FLAGS.split(), f"--data={data}", f"--out={out}"]
             flags += ["--resume"] if (out / "last.pt").exists() else []
             os._exit(train.Run(train.parse_arguments(flags)).train() or 0)
-        finally:
+        except BaseException:
+            traceback.print_exc()
             os._exit(1)
     return pid
 

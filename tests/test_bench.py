@@ -64,6 +64,8 @@ def test_a_row_holds_what_was_allocated(attn):
     assert row["kv_bytes"] == cache.nbytes / 15 == model.kv_bytes_per_token(torch.float32)
     assert row["expanded"] > 0 and (row.get("absorbed") is not None) == attn.startswith("mla")
     assert row["gb"] > 0 and row["roofline"] > 0
+    faster = {key: value * 3 if isinstance(value, float) else value for key, value in row.items()}
+    assert bench.median([row, faster, faster])["speed"] == pytest.approx(3 * row["speed"])
 
 
 class Allocations(TorchDispatchMode):
@@ -123,6 +125,8 @@ def test_calls_are_timed_after_a_warm_up_unless_they_are_slow(first, counted, mo
 
 def test_the_median_of_rounds_counts():
     rounds = [{"attn": "mla", "rank": 0.5, "speed": s, "expanded": s, "absorbed": s / 2} for s in (90.0, 120.0, 100.0)]
+    for row in rounds[::2]:
+        row |= {key: np.float64(row[key]) for key in ("speed", "expanded", "absorbed")}  # as numpy's means are
     row = bench.median(rounds)
     assert (row["attn"], row["speed"], row["expanded"], row["absorbed"]) == ("mla", 100, 100, 50)
     assert row["spread"] == pytest.approx(0.15)

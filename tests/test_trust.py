@@ -186,6 +186,7 @@ def test_truncated_files_do_not_load(out, tmp_path_factory, share):
     "change",
     [
         lambda c: c["config"].update(n_layer=10**9),
+        lambda c: c["config"].update(block_size=10**9),
         lambda c: c["config"].update(n_embd=2**40, n_head=1),
         lambda c: c["model"].update({"tokens.weight": torch.zeros(1).expand(3072, 32)}),
         lambda c: c["model"].update({"tokens.weight": torch.zeros(3072, 32, dtype=torch.int64)}),
