@@ -144,10 +144,14 @@ def tokenize(texts, tokenizer):
 def invent(count, seed, tokenizer):
     """Yield (tokens, nats) of each story of the world, written on all cores."""
     jobs = [(seed, range(start, min(start + 500, count)), tokenizer.name) for start in range(0, count, 500)]
-    with Pool() as pool, tqdm(total=count, unit=" stories", mininterval=1) as bar:
+    # Workers end by SIGTERM, which run() above has given another meaning.
+    default = (signal.SIGTERM, signal.SIG_DFL)
+    with Pool(None, signal.signal, default) as pool, tqdm(total=count, unit=" stories", mininterval=1) as bar:
         for tokens, nats in pool.imap(write_stories, jobs):
             bar.update(len(tokens))
             yield from zip(tokens, nats, strict=True)
+        pool.close()  # and without it, where all went well
+        pool.join()
 
 
 def prepare(source="stories", stories=None, tokenizer=None, seed=0, root=DATA):
