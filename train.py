@@ -19,6 +19,7 @@ from argparse import SUPPRESS, BooleanOptionalAction
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -134,16 +135,16 @@ def resolve(given):
         last = load_checkpoint(path)[1]
         if "optimizer" not in last:
             raise ValueError(f"--resume: {path} holds a model, but not the state of a run")
-        of_this_machine = ("resume", "out", "device", "compile")
+        changeable = ("resume", "out", "device", "compile")
         try:
             Options(**last["options"])
             if last["options"].keys() != {f.name for f in fields(Options)} or type(last["meta"]) is not dict:
                 raise ValueError("options or meta are not whole")
-            saved = {k: v for k, v in (last["options"] | last["config"]).items() if k not in of_this_machine}
+            saved = {k: v for k, v in (last["options"] | last["config"]).items() if k not in ("resume", "out")}
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"--resume: {path} is damaged: {error!r}") from error
         for name, value in given.items():
-            if name not in of_this_machine and value != saved[name]:
+            if name not in changeable and value != saved[name]:
                 raise ValueError(f"--resume: the run has --{name}={saved[name]}, not {value}; leave that flag out")
         given = saved | given
     options = Options(**{k: v for k, v in given.items() if k not in shape})
@@ -167,13 +168,33 @@ def join_processes(options):
     return int(os.environ.get("RANK", 0)), world, device
 
 
-def open_data(name, rank, world):
+def together(work, device, stop=()):
+    """Do this process's work, if it has any, and hear from the others -> has any of them been asked to stop?
+
+    Work that fails in one process ends all of them: that one with its own error, the others with one line."""
+    failure = None
+    try:
+        if work:
+            work()
+    except Exception as error:
+        failure = error
+    failed, asked = failure is not None, bool(stop)
+    if dist.is_initialized():
+        news = torch.tensor([float(failed), float(asked)], device=device)
+        dist.all_reduce(news)
+        failed, asked = news.bool().tolist()
+    if failure:
+        raise failure
+    if failed:
+        raise OSError("another process failed, see its message")
+    return asked
+
+
+def open_data(name, rank, device):
     """-> meta, train tokens, val tokens. The default data is made if it is not there."""
     folder = DATA / name if (DATA / name / "meta.json").exists() or name == "stories" else Path(name)
-    if name == "stories" and rank == 0 and not folder.exists():
-        prepare()
-    if world > 1:
-        dist.barrier()
+    missing = name == "stories" and rank == 0 and not folder.exists()
+    together(prepare if missing else None, device)
     return load_data(folder)
 
 
@@ -282,7 +303,7 @@ class Run:
         options = self.options
         GPTConfig(**shape)  # what is wrong with it shall be said before any data is made
         self.rank, self.world, self.device = join_processes(options)
-        self.meta, self.train_tokens, self.val_tokens = open_data(options.data, self.rank, self.world)
+        self.meta, self.train_tokens, self.val_tokens = open_data(options.data, self.rank, self.device)
         self.tokenizer = load_tokenizer(self.meta["tokenizer"])
         end, stories = self.tokenizer.eot_token, [self.meta[f"{split}_stories"] for split in ("train", "val")]
         ends = [int(np.count_nonzero(tokens == end)) - 1 for tokens in (self.train_tokens, self.val_tokens)]
@@ -340,7 +361,8 @@ class Run:
         for i in state:  # fused AdamW would write wherever the shapes lead it
             for name, shape in (("exp_avg", weights[i].shape), ("exp_avg_sq", weights[i].shape), ("step", ())):
                 moment = state[i][name]
-                if moment.shape != shape or moment.dtype != torch.float32 or not moment.is_contiguous():
+                right = moment.shape == shape and moment.dtype == torch.float32 and moment.is_contiguous()
+                if not right or name == "step" and moment != last["step"]:
                     raise ValueError(f"the optimizer's {name} of weight {i} does not fit")
         self.optimizer.load_state_dict({"state": state, "param_groups": mine})
         self.first, self.best, self.losses, self.seconds = (last[k] for k in ("step", "best", "losses", "seconds"))
@@ -381,7 +403,9 @@ class Run:
         self.norm = float(norm)
 
     def rescue(self):
-        return f"the best model so far is in {self.out / 'ckpt.pt'}; try a lower --lr than {self.options.lr}"
+        path = self.out / "ckpt.pt"
+        kept = f"the best model so far is in {path}" if path.exists() else "there was no model to keep yet"
+        return f"{kept}; try a lower --lr than {self.options.lr}"
 
     @torch.no_grad()
     def evaluate(self, model, batches=None):
@@ -419,8 +443,13 @@ class Run:
         progress = {"best": self.best, "losses": self.losses, "seconds": self.seconds}
         write(self.out / "last.pt", checkpoint | progress | {"optimizer": self.optimizer.state_dict()})
 
-    def report(self, step, bar):
-        """Evaluate, print a line, log it, save."""
+    def look(self, step, snap, bar):
+        """Every eval_interval, and at the end: evaluate, print a line, log it, save. If asked to, snap the spectrum."""
+        if snap:
+            with open(self.out / "spectrum.jsonl", "a") as file:
+                file.write(snapshot(self.model, step) + "\n")
+        if step % self.options.eval_interval and step != self.options.steps:
+            return
         val_loss, floor = self.evaluate(self.model, self.options.eval_steps)
         if not math.isfinite(val_loss):
             raise FloatingPointError(f"step {step}: val loss is {val_loss}; {self.rescue()}")
@@ -451,8 +480,8 @@ class Run:
         stop = []
         signals = (signal.SIGINT, signal.SIGTERM)
         handlers = [signal.signal(number, lambda number, frame: stop.append(number)) for number in signals]
+        together(leader and partial(prepare_folder, self.out, self.first if self.resumed else None), self.device)
         if leader:
-            prepare_folder(self.out, self.first if self.resumed else None)
             size = f"{sum(p.numel() for p in self.model.parameters()):,} parameters"
             print(f"{self.config.attn}, {size}; {self.device}, {options.dtype}; {self.tokens_per_step:,} tokens a step")
             print(f"{'step':>6}{'loss':>8}{'val':>8}{'excess':>8}{'tokens/s':>10}{'MFU':>6}{'left':>9}")
@@ -461,13 +490,9 @@ class Run:
         silent = None if leader else True  # None: tqdm shows its bar on terminals only
         bar = tqdm(total=options.steps, initial=self.first, unit=" steps", leave=False, disable=silent)
         for step in range(self.first, options.steps + 1):
-            if leader and not (self.resumed and step == self.first):  # a resumed run was saved after these
-                if step in snapshots:
-                    with open(self.out / "spectrum.jsonl", "a") as file:
-                        file.write(snapshot(self.model, step) + "\n")
-                if step % options.eval_interval == 0 or step == options.steps:
-                    self.report(step, bar)
-            if step == options.steps or self.agreed(stop):
+            look = leader and not (self.resumed and step == self.first)  # a resumed run was saved after this
+            stopping = together(look and partial(self.look, step, step in snapshots, bar), self.device, stop)
+            if step == options.steps or stopping:
                 break
             begun = time.perf_counter()
             self.step(step)
@@ -485,14 +510,6 @@ class Run:
             return 130
         if leader:
             self.finish()
-
-    def agreed(self, stop):
-        """Has any process been asked to stop?"""
-        if self.world == 1:
-            return bool(stop)
-        asked = torch.tensor(float(bool(stop)), device=self.device)
-        dist.all_reduce(asked)
-        return asked.item() > 0
 
     def finish(self):
         """Last words: the best model on all of the validation data, its cache, a story, and what to try next."""

@@ -1,7 +1,8 @@
 """Kill training at random moments, again and again, and look at what is left: python tests/kill.py [HOW_OFTEN]
 
 After each SIGKILL both checkpoints must load, with nothing lost that was saved, and the run goes on from there. A run
-that reaches its end in spite of all must have the weights and the log of one that was never killed, bit for bit.
+that reaches its end in spite of all must have the weights, the optimizer's state and the log of one that was never
+killed, bit for bit.
 """
 
 import json
@@ -65,6 +66,9 @@ def kill(times, seed=0, folder=None):
             assert gone[1] == 0, f"training failed with status {gone[1]}"
             ours, theirs = (load_checkpoint(run / "last.pt")[1] for run in (out, whole))
             assert all(torch.equal(ours["model"][name], theirs["model"][name]) for name in theirs["model"])
+            moments = ours["optimizer"]["state"]
+            for i, state in theirs["optimizer"]["state"].items():
+                assert all(torch.equal(moments[i][name], state[name]) for name in state)
             assert log_of(out) == log_of(whole)
             shutil.rmtree(out)
             ended, saved, out = ended + 1, -1, folder / f"run-{ended + 1}"

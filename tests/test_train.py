@@ -1,7 +1,6 @@
 """Training: rows of stories, the loop, its checkpoints, and everything that can be typed wrongly."""
 
 import json
-import os
 import shutil
 import signal
 import sys
@@ -126,7 +125,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(stories, tmp_path_fact
             def step_and_stop(step, real_step=real_step):
                 real_step(step)
                 if step == stop_at:
-                    os.kill(os.getpid(), signal.SIGINT)
+                    signal.raise_signal(signal.SIGINT)
 
             run.step = step_and_stop
         run.train()

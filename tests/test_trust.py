@@ -142,6 +142,33 @@ def test_if_one_process_dies_all_end(data, tmp_path):
     load_checkpoint(tmp_path / "last.pt")
 
 
+LEADER_FAILS = """
+import os, resource, sys
+from data.prepare import run
+import train
+if os.environ["RANK"] == "0":
+    if os.environ["TROUBLE"] == "disk":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    else:
+        train.Run.evaluate = lambda *_: (float("nan"), None)
+run(train.main)
+"""
+
+
+@pytest.mark.parametrize("trouble, said", [("disk", "cannot be written"), ("nan", "val loss is nan")])
+def test_if_the_first_process_fails_alone_all_end_with_one_line(trouble, said, data, tmp_path):
+    processes = []
+    there = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    for rank in "01":
+        command = [sys.executable, "-c", LEADER_FAILS, *SMALL, f"--data={data}", f"--out={tmp_path}"]
+        environment = os.environ | there | {"RANK": rank, "LOCAL_RANK": rank, "TROUBLE": trouble}
+        processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True))
+    errors = [process.communicate(timeout=100)[1] for process in processes]
+    assert [process.returncode for process in processes] == [1, 1], errors
+    assert [error.count("\n") for error in errors] == [1, 1], errors
+    assert said in errors[0] and "another process failed" in errors[1], errors
+
+
 # Where a checkpoint comes from, and hostile ones
 
 
@@ -226,25 +253,45 @@ def call(main, arguments):
     return status or 0, err
 
 
-@given(
-    key=st.sampled_from(["options", "config", "meta", "step", "best", "losses", "seconds", "optimizer", "model"]),
-    value=values,
-)
+@pytest.fixture(scope="module")
+def stopped(data, tmp_path_factory):
+    """The last.pt of a run that was stopped half way, as loaded, and the weights it would have had at its end."""
+    folder = tmp_path_factory.mktemp("stopped")
+    run = train.Run(train.parse_arguments([*SMALL, "--attn=mla", "--steps=4", f"--data={data}", f"--out={folder}"]))
+    step = run.step
+    run.step = lambda number: (step(number), number == 1 and signal.raise_signal(signal.SIGINT))
+    assert run.train() == 130
+    half = torch.load(folder / "last.pt", weights_only=True)
+    assert call(train.main, ["--resume", f"--out={folder}"])[0] == 0
+    return half, torch.load(folder / "last.pt", weights_only=True)["model"]
+
+
+@given(data=st.data())
 @settings(max_examples=TRIES, deadline=None)
-def test_a_hostile_last_checkpoint_is_not_resumed(out, data, tmp_path_factory, key, value):
-    folder = tmp_path_factory.mktemp("hostile")
-    checkpoint = torch.load(out / "last.pt", weights_only=True)
-    if isinstance(checkpoint[key], dict) and checkpoint[key] and not isinstance(value, dict):
-        checkpoint[key][next(iter(checkpoint[key]))] = value
+def test_a_hostile_last_checkpoint_is_refused_or_harmless(stopped, tmp_path_factory, data):
+    """Anything in it, at any depth, replaced or deleted: one line, or the run goes on as if nothing had happened."""
+    checkpoint, folder, path = copy.deepcopy(stopped[0]), tmp_path_factory.mktemp("hostile"), []
+    inner = checkpoint
+    while isinstance(inner, dict) and inner and (not path or data.draw(st.integers(0, 3))):
+        holder, inner = inner, inner[key := data.draw(st.sampled_from(list(inner)))]
+        path.append(key)
+    tensors = [torch.zeros(()), torch.zeros(0), torch.ones(3, 5), torch.full((1000,), 7), torch.tensor(float("nan"))]
+    small = st.none() | st.booleans() | st.integers(-2, 5) | st.sampled_from([0.5, -1.0, float("nan"), "", "cuda:9"])
+    value = data.draw(small if path[0] == "options" else values | st.sampled_from(tensors))  # no endless run, please
+    if data.draw(st.integers(0, 3)):
+        holder[key] = value
     else:
-        checkpoint[key] = value
+        del holder[key]
     torch.save(checkpoint, folder / "last.pt")
-    call(train.main, ["--resume", f"--out={folder}"])
+    status, err = call(train.main, ["--resume", f"--out={folder}"])
+    if status == 0 and path[0] not in ("options", "config"):  # what could have been asked for
+        weights = torch.load(folder / "last.pt", weights_only=True)["model"]
+        assert all(torch.equal(weights[name], stopped[1][name]) for name in stopped[1]), path
 
 
 @given(
     key=st.sampled_from(["source", "tokenizer", "vocab_size", "floor", "val_nats", "train_tokens", "val_stories"]),
-    value=values,
+    value=values | st.integers(1, 65535),
 )
 @settings(max_examples=TRIES, deadline=None)
 def test_a_hostile_meta_is_refused_or_harmless(data, tmp_path_factory, key, value):
