@@ -493,7 +493,7 @@ def main():
     for name in ("batch", "context", "rounds", "judge"):
         if any(n < 1 for n in np.ravel(getattr(args, name) or 1)):
             raise ValueError(f"--{name}: must be at least 1")
-    if not args.out.is_dir():
+    if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out={args.out}: must be a folder")
     args.batch = list(dict.fromkeys(args.batch))
     devices = args.device or ["cuda" if torch.cuda.is_available() else "cpu"]
@@ -559,6 +559,7 @@ def main():
     report["rows"] = compare([median([rows[job] for rows in rounds]) for job in rounds[0]])
     print(tables(report, args.columns))
     print(advice(report["rows"]))
+    args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "bench.json").write_text(json.dumps(report, indent=1, default=float))
     draw(args.out / "bench.png", report)
     print(f"wrote {args.out / 'bench.json'} and {args.out / 'bench.png'}")

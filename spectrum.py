@@ -563,7 +563,7 @@ def main():
     dynamics = any(path.is_dir() for path in args.paths)
     if not dynamics and len(args.paths) > 1:
         raise ValueError("give one checkpoint, or one or more run folders: " + " ".join(map(str, args.paths)))
-    if args.out and not args.out.is_dir():
+    if args.out and args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out={args.out}: must be a folder")
 
     runs, result = [], []

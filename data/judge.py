@@ -355,7 +355,8 @@ class Reader:
         before = here.get(slot) or (None if role in CHANGING or mention.anew else self.cast.get(slot))
         here[slot] = who
         if before not in (None, who):
-            self.check(f"{who}, not {before}", False, known[before]["since"][1])
+            told = known[before]["since"][1] if before in known else self.now  # unknown: the wrong one itself
+            self.check(f"{who}, not {before}", False, told)
             return  # it is still the other
         elif who in known:
             if not mention.anew:

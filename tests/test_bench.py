@@ -285,7 +285,7 @@ def test_stories_of_a_checkpoint_are_judged(script, data, tmp_path, monkeypatch)
         (["--device=tpu"], "--device=tpu"),
         (["--batch=0"], "--batch: must be at least 1"),
         (["--batch=100000000", "--context=1000000"], "would need"),
-        (["--out=/nowhere"], "--out=/nowhere: must be a folder"),
+        (["--out=/dev/null"], "--out=/dev/null: must be a folder"),
         (["nothing.pt"], "no such file"),
         (["--table=nothing.json"], "cannot be read"),
         (["--rounds=x"], "invalid int"),

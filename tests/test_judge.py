@@ -65,8 +65,31 @@ def test_reading_never_raises(text, cut):
     assert "".join(text.split()) == "".join(passage.text.replace(" ", "") for passage in passages)
 
 
+ALIKE = [words for name, words in stories.LISTS.items() if name != "small"]
+ALIKE = {str(word): list(map(str, words)) for words in ALIKE for word in words} | {
+    str(name): [str(other) for children in "girl boy".split() for other in stories.LISTS[children]]
+    for children in "girl boy".split()
+    for name in stories.LISTS[children]
+}
+
+
+@given(seed=seeds, share=st.floats(0, 1))
+@settings(max_examples=300, deadline=None)
+def test_reading_never_raises_when_words_are_mistaken(seed, share):
+    """As weak models do: somebody else's name, some other thing or place."""
+    chance, names = random.Random(seed), "|".join(sorted(map(re.escape, ALIKE), key=len, reverse=True))
+    text = re.sub(
+        rf"\b({names})\b",
+        lambda found: chance.choice(ALIKE[found[0]]) if chance.random() < share else found[0],
+        Author(seed, 0).text,
+    )
+    passages = read(text)
+    [*explain(passages)]
+    assert grammar(passages) > 5 and 0 <= consistency(passages) <= 10
+
+
 @given(seed=seeds)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_random_words_are_no_sentences(seed):
     words = [word for index in range(20) for word in Author(seed, index).text.split()]
     random.Random(seed).shuffle(words)
