@@ -2,7 +2,8 @@
 what the machine can do.
 
     python bench.py                                      every variant, freshly initialised, in the 30m shape
-    python bench.py out/ckpt.pt out/joint/ckpt.pt        trained models: their loss beside their cost
+    python bench.py out/ckpt.pt out/joint/ckpt.pt        trained models: their loss beside their cost; runs that differ
+                                                         only in their seed share a row, with standard errors
     python bench.py --attn mha mla_decoupled --batch 1 8 64 --context 512 8192
     python bench.py --train                              training as well
     python bench.py --table bench.json                   the tables of an earlier run once more, in Markdown
@@ -19,7 +20,7 @@ import os
 import platform
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 
@@ -68,13 +69,14 @@ COLUMNS = {  # key of a row: heading, format, what it is
     "roofline": ("roofline", "{:.0%}", "share of what this machine could do"),
     "train": ("train", "{:,.0f}", "trained tokens/s, with --train"),
     "to_float32": ("/ float32", "{:.2f}", "trained tokens/s over those in plain float32"),
+    "runs": ("seeds", "{}", "that it was trained with; of several, means with standard errors"),
     "val_loss": ("val", "{:.4f}", "validation loss, nats per token"),
     "excess": ("excess", "{:.4f}", "of it over the floor"),
     "loss_to_mha": ("vs mha", "{:+.1%}", "of it against mha"),
-    "grammar": ("grammar", "{:.1f}±{:.1f}", "with --judge: of sampled stories, 0 to 10, with its standard error"),
-    "consistency": ("consist.", "{:.1f}±{:.1f}", "likewise"),
-    "creativity": ("creativ.", "{:.1f}±{:.1f}", "likewise"),
-    "recall": ("recall", "{:.0%}", "probability of the right word where an unseen story recalls something"),
+    "grammar": ("grammar", "{:.1f}", "with --judge: of sampled stories, 0 to 10"),
+    "consistency": ("consist.", "{:.1f}", "likewise"),
+    "creativity": ("creativ.", "{:.1f}", "likewise"),
+    "recall": ("recall", "{:.1%}", "probability of the right word where an unseen story recalls something"),
 }
 DISTANCES = (0, 16, 32, 64, 128)  # tokens: where the bins of the recall curve begin
 
@@ -302,7 +304,8 @@ def judged(loaded, count, device):
         curve = [
             [int(np.sum(bins == i)), *mean_and_error(p[bins == i], story[bins == i])] for i in range(len(DISTANCES))
         ]
-        rows[path] = {"recall": mean_and_error(p)[0], "recall_curve": curve}
+        mean, error = mean_and_error(p, story)
+        rows[path] = {"recall": mean, "recall_error": error, "recall_curve": curve}
     for name, values in judge(told, data)[0].items():
         for path, of_one in zip(loaded, values.reshape(-1, count), strict=True):
             rows[path][name], rows[path][f"{name}_error"] = mean_and_error(of_one)
@@ -310,6 +313,41 @@ def judged(loaded, count, device):
 
 
 # The comparison -------------------------------------------------------------------------------------------------------
+
+
+def seeds_apart(loaded):
+    """{path: (model, checkpoint)} -> lists of paths: those of runs that differ in nothing but their seed."""
+    groups = {}
+    for path, (model, checkpoint) in loaded.items():
+        options = checkpoint.get("options")
+        options = options if type(options) is dict else {"unknown": path}
+        ways = {k: v for k, v in options.items() if k not in ("seed", "out", "resume", "device", "compile")}
+        key, seed = repr((model.config, sorted(ways.items()))), options.get("seed")
+        if seed in groups.get(key, ()):  # the same run twice is no second sample
+            key = path
+        groups.setdefault(key, {})[seed] = path
+    return [list(group.values()) for group in groups.values()]
+
+
+def learnt(checkpoint):
+    """Its loss, and its excess over the floor: columns of a row. None where it does not say."""
+    loss, floor = (value if type(value := checkpoint.get(name)) is float else None for name in ("val_loss", "floor"))
+    return {"val_loss": loss, "excess": None if None in (loss, floor) else loss - floor}
+
+
+def mean_of(runs):
+    """Columns of several runs -> their means, and standard errors between runs. One run is left as it is."""
+    if len(runs) == 1:
+        return runs[0]
+    row = {}
+    for name in (name for name in runs[0] if not name.endswith("_error")):
+        values = [one.get(name) for one in runs]
+        if name == "recall_curve":
+            columns = zip(*values, strict=True)
+            row[name] = [[bins[0][0], *mean_and_error([bin[1] for bin in bins])] for bins in columns]
+        elif None not in values:
+            row[name], row[f"{name}_error"] = mean_and_error(values)
+    return row
 
 
 def median(rounds):
@@ -332,6 +370,9 @@ def compare(rows):
                 row["to_mha"] = fastest[id(row)] / fastest[id(r)]
                 if row.get("val_loss") and r.get("val_loss"):
                     row["loss_to_mha"] = row["val_loss"] / r["val_loss"] - 1
+                    errors = [one.get("val_loss_error") for one in (row, r)]
+                    if None not in errors and row is not r:
+                        row["loss_to_mha_error"] = math.hypot(*errors) / r["val_loss"]
             if row["rank"] and (r["attn"], r["rank"], r["joint"]) == (row["attn"], 1.0, row["joint"]):
                 row["to_full"] = fastest[id(row)] / fastest[id(r)]
     return rows
@@ -345,13 +386,13 @@ def cells(rows, columns):
     columns = [c for c in columns if any(row.get(c) is not None for row in rows)]
     lines = [["attn", *(COLUMNS[c][0] for c in columns)]]
     for row in rows:
-        told = []
+        told = [row.get("name") or name_of(row)]
         for c in columns:
-            error = row.get(f"{c}_error")
-            told.append(
-                "" if row.get(c) is None else COLUMNS[c][1].format(row[c], math.nan if error is None else error)
-            )
-        lines.append([row.get("name") or name_of(row), *told])
+            value, error, style = row.get(c), row.get(f"{c}_error"), COLUMNS[c][1]
+            told.append("" if value is None else style.format(value))
+            if error is not None:
+                told[-1] += "±" + style.replace("+", "").format(error)
+        lines.append(told)
     return lines
 
 
@@ -406,52 +447,79 @@ def advice(rows):
 
 
 def draw(path, report):
-    """Speed against context, and, of trained models, loss against cache."""
+    """What was measured of the first device, dtype and batch: loss against cache, recall, speed against context."""
     from matplotlib.figure import Figure
 
-    rows = report["rows"]
-    rows = [
-        r
-        for r in rows
-        if (r["device"], r["dtype"], r["batch"]) == (rows[0]["device"], rows[0]["dtype"], rows[0]["batch"])
-    ]
-    trained = any(row.get("val_loss") for row in rows)
-    floored = all(row.get("excess") is not None for row in rows)
-    curves = any(row.get("recall_curve") for row in rows)
-    panels = 1 + trained + curves
-    figure = Figure(figsize=(2 + 5.3 * panels, 4.5), layout="constrained")
-    speed, *others = figure.subplots(1, panels, squeeze=False)[0][::-1]
-    rows_shown = [r for r in rows if trained or r["rank"] in (None, 0.5)]
-    names = {r.get("name") or name_of(r): (r["attn"], r["joint"]) for r in rows_shown}
-    for name in names:
-        mine = sorted((r for r in rows if (r.get("name") or name_of(r)) == name), key=lambda r: r["context"])
-        one = mine[0]
-        alike = [other for other in names if names[other] == (one["attn"], one["joint"])]
-        style = dict(color=COLOURS[one["attn"]], linestyle="--" if one["joint"] else "-", label=name)
-        style["marker"] = "osD^vP*X"[alike.index(name) % 8]
-        speed.plot([r["context"] for r in mine], [max(r["expanded"], r.get("absorbed") or 0) for r in mine], **style)
-        loss = one.get("excess" if floored else "val_loss")
-        if trained and loss is not None:
-            others[-1].plot([one["kv_bytes"]], [loss], **style)
-        if one.get("recall_curve"):
-            _, p, error = np.array(one["recall_curve"], dtype=float).T
-            others[0].errorbar(range(len(p)), p, error, **style)
-    speed.set(xscale="log", yscale="log", xlabel="tokens cached", ylabel="decoded tokens/s, the faster way")
-    speed.set_title(f"Decoding, batch {rows[0]['batch']}, {rows[0]['dtype']}: the cost of a long context")
+    first = [report["rows"][0][key] for key in ("device", "dtype", "batch")]
+    rows = [r for r in report["rows"] if [r["device"], r["dtype"], r["batch"]] == first]
+    loss = "excess" if all(r.get("excess") is not None for r in rows) else "val_loss"
     contexts = sorted({r["context"] for r in rows})
-    speed.set_xticks(contexts, [f"{c:,}" for c in contexts])
-    speed.minorticks_off()
-    if trained:
-        unit = f"nats per token{' over the floor' if floored else ''}"
-        others[-1].set(xlabel="KV cache, bytes per token", ylabel=unit, xscale="log")
-        others[-1].set_title("Loss against cache: lower left is better")
-    if curves:
-        bins = [f"{low}–{high - 1}" for low, high in zip(DISTANCES, DISTANCES[1:], strict=False)]
-        others[0].set_xticks(range(len(DISTANCES)), [*bins, f"{DISTANCES[-1]}–"])
-        others[0].set(xlabel="tokens since it was last said", ylabel="probability of the right word", ylim=(0, 1))
-        others[0].set_title("Recall in unseen stories")
-    speed.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    panels = [draw_loss] if any(r.get(loss) is not None for r in rows) else []
+    panels += [draw_recall] if any(r.get("recall_curve") for r in rows) else []
+    panels += [draw_speed] if len(contexts) > 1 or not panels else []
+    figure = Figure(figsize=(9, 4.2 * len(panels)), layout="constrained")
+    for panel, axes in zip(panels, figure.subplots(len(panels), 1, squeeze=False)[:, 0], strict=True):
+        if panel is draw_loss:
+            panel(axes, [r for r in rows if r["context"] == contexts[0]], loss)
+        else:
+            panel(axes, rows)
+        axes.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=120)
+
+
+def style_of(row, **more):
+    return dict(color=COLOURS[row["attn"]], linestyle="--" if row["joint"] else "-", **more)
+
+
+def draw_loss(axes, rows, loss):
+    """A line for each variant, through its ranks."""
+    rows = sorted((r for r in rows if r.get(loss) is not None), key=lambda r: r["kv_bytes"])
+    for attn, joint in sorted({(r["attn"], r["joint"]) for r in rows}, key=lambda way: (ATTN.index(way[0]), way[1])):
+        mine = [r for r in rows if (r["attn"], r["joint"]) == (attn, joint)]
+        columns = [[r[key] for r in mine] for key in ("kv_bytes", loss)]
+        errors = [r.get(f"{loss}_error") or 0 for r in mine]
+        style = style_of(mine[0], marker="s" if joint else "o", capsize=3)
+        axes.errorbar(*columns, errors, **style, label=attn + (" joint" if joint else ""))
+        for r in mine:
+            if r["rank"]:
+                rank = name_of(r).split()[1]
+                axes.annotate(rank, (r["kv_bytes"], r[loss]), (4, 5), textcoords="offset points", fontsize=8)
+    axes.set(xscale="log", xlabel=f"KV cache, bytes per token in {rows[0]['dtype']}")
+    axes.set(ylabel=f"{'excess over the floor' if loss == 'excess' else 'loss'}, nats per token")
+    ticks = sorted({r["kv_bytes"] for r in rows})
+    ticks = [tick for tick, last in zip(ticks, [0, *ticks], strict=False) if tick > 1.2 * last]
+    axes.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_title("Loss against cache: lower left is better")
+
+
+def curves(rows):
+    """Rows -> those of each name, by context; of many names, those with the rank 1/2 or none."""
+    names = {}
+    for r in sorted(rows, key=lambda r: r["context"]):
+        names.setdefault(r.get("name") or name_of(r), []).append(r)
+    return {n: mine for n, mine in names.items() if len(names) < 9 or mine[0]["rank"] in (None, 0.5)}
+
+
+def draw_recall(axes, rows):
+    for name, (row, *_) in curves(r for r in rows if r.get("recall_curve")).items():
+        _, p, error = np.array(row["recall_curve"], dtype=float).T
+        axes.errorbar(range(len(p)), p, np.nan_to_num(error), **style_of(row, marker="o", capsize=3), label=name)
+    bins = [f"{low}–{high - 1}" for low, high in zip(DISTANCES, DISTANCES[1:], strict=False)]
+    axes.set_xticks(range(len(DISTANCES)), [*bins, f"{DISTANCES[-1]}–"])
+    axes.set(xlabel="tokens since it was last said", ylabel="probability of the right word", ylim=(0, None))
+    axes.set_title("Recall in unseen stories")
+
+
+def draw_speed(axes, rows):
+    for name, mine in curves(rows).items():
+        speeds = [max(r["expanded"], r.get("absorbed") or 0) for r in mine]
+        axes.plot([r["context"] for r in mine], speeds, **style_of(mine[0], marker="o"), label=name)
+    contexts = sorted({r["context"] for r in rows})
+    axes.set(xscale="log", yscale="log", xlabel="tokens cached", ylabel="decoded tokens/s, the faster way")
+    axes.set_xticks(contexts, [f"{c:,}" for c in contexts])
+    axes.minorticks_off()
+    axes.set_title(f"Decoding, batch {rows[0]['batch']}, {rows[0]['dtype']}: the cost of a long context")
 
 
 def build(config, dtype, device):
@@ -495,6 +563,7 @@ def main():
             raise ValueError(f"--{name}: must be at least 1")
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out={args.out}: must be a folder")
+    args.out.mkdir(parents=True, exist_ok=True)
     args.batch = list(dict.fromkeys(args.batch))
     devices = args.device or ["cuda" if torch.cuda.is_available() else "cpu"]
     for device in devices:
@@ -513,10 +582,12 @@ def main():
                 f"--context={max(contexts)}: {path} has a context of {model.config.block_size}, the new token included"
             )
     jobs = []
+    groups = seeds_apart(loaded)
+    names = [name_of(asdict(loaded[paths[0]][0].config)) for paths in groups]
     for device in devices:
         for dtype in args.dtype or ["bfloat16" if fast_bfloat16(device) else "float32"]:
             if loaded:
-                jobs += [(device, DTYPES[dtype], path, model.config) for path, (model, _) in loaded.items()]
+                jobs += [(device, DTYPES[dtype], paths, loaded[paths[0]][0].config) for paths in groups]
             else:
                 shape = dict(SHAPES[args.size], block_size=max(contexts) + 1, vocab_size=4096)
                 jobs += [
@@ -534,32 +605,28 @@ def main():
     scores = judged(loaded, args.judge, devices[0]) if args.judge else {}
     # In rounds, so that minutes in which the machine is busy with something else do not fall on one variant.
     rounds = [{} for _ in range(args.rounds)]
-    for rows, (i, (device, dtype, path, config)) in (bar := tqdm([*product(rounds, enumerate(jobs))], leave=False)):
+    for rows, (i, (device, dtype, paths, config)) in (bar := tqdm([*product(rounds, enumerate(jobs))], leave=False)):
         key = f"{device} {str(dtype)[6:]}"
         if key not in report["machines"]:
             bytes_per_s, flop_per_s = ceilings(device, dtype)
             report["machines"][key] = {"name": machine(device), "bytes_per_s": bytes_per_s, "flop_per_s": flop_per_s}
-        model = loaded[path][0].to(device, dtype) if path else build(config, dtype, device)
+        model = loaded[paths[0]][0].to(device, dtype) if paths else build(config, dtype, device)
         about = {}
-        if path:
-            checkpoint = loaded[path][1]
-            val_loss, floor = (
-                value if type(value := checkpoint.get(name)) is float else None for name in ("val_loss", "floor")
-            )
-            about = {"name": str(path), "val_loss": val_loss, "excess": floor and val_loss and val_loss - floor}
-            about |= scores.get(path, {})
+        if paths:
+            name = name_of(asdict(config))
+            about = {"paths": paths, "name": name if names.count(name) == 1 else paths[0], "runs": len(paths)}
+            about |= mean_of([learnt(loaded[path][1]) | scores.get(path, {}) for path in paths])
         if args.train:
             short = replace(config, block_size=128)
             about["train"] = train(short, dtype, device)
             about["to_float32"] = about["train"] / train(short, torch.float32, device)
         for batch, context in product(args.batch, contexts):
-            bar.set_postfix_str(f"{path or config.attn} {context}")
+            bar.set_postfix_str(f"{paths[0] if paths else config.attn} {context}")
             rows[i, batch, context] = measure(model, dtype, batch, context, device, report["machines"][key]) | about
         del model
     report["rows"] = compare([median([rows[job] for rows in rounds]) for job in rounds[0]])
     print(tables(report, args.columns))
     print(advice(report["rows"]))
-    args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "bench.json").write_text(json.dumps(report, indent=1, default=float))
     draw(args.out / "bench.png", report)
     print(f"wrote {args.out / 'bench.json'} and {args.out / 'bench.png'}")

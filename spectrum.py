@@ -601,6 +601,8 @@ def main():
     if not runs:
         raise ValueError("nothing to show: all of these runs were left out")
     out = args.out
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
     if dynamics:
         out = out or Path(os.path.relpath(os.path.commonpath([path.absolute() for path in args.paths])))
         data, figure = out / "dynamics.json", out / f"dynamics_{args.null}.png"

@@ -219,7 +219,27 @@ def test_checkpoints_bring_their_loss(script, tmp_path):
     status, out, err = script(*paths, "--dtype", "float32", "--rounds=1")
     rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
     assert status == 0 and [row["excess"] for row in rows] == [0.5, 0.75] and rows[1]["loss_to_mha"] == 0.25
-    assert rows[0]["context"] == SHAPE["block_size"] - 1 and str(paths[1]) in out
+    assert rows[0]["context"] == SHAPE["block_size"] - 1 and "mla 1/2" in out
+
+
+def test_runs_that_differ_in_their_seed_share_a_row(script, tmp_path):
+    """Means and their standard errors, by hand; another learning rate, or the same seed twice, is no such run."""
+    runs = [("mha", 0, 1e-3, 1.0), ("mha", 1, 1e-3, 1.2), ("mla", 0, 1e-3, 1.5), ("mla", 1, 1e-3, 1.8)]
+    runs += [("mla", 2, 1e-3, 2.1), ("mla", 2, 1e-3, 9.0), ("mla", 1, 2e-3, 8.0)]
+    paths = [
+        save(tmp_path / f"{i}.pt", attn, loss, options={"seed": seed, "lr": lr, "out": f"out/{i}"})
+        for i, (attn, seed, lr, loss) in enumerate(runs)
+    ]
+    assert script(*paths, "--dtype", "float32", "--rounds=1")[0] == 0
+    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert [len(row["paths"]) for row in rows] == [row["runs"] for row in rows] == [2, 3, 1, 1]
+    mha, mla, *_ = rows
+    assert mha["val_loss"] == pytest.approx(1.1) and mha["excess_error"] == pytest.approx(0.1)
+    assert mla["val_loss"] == pytest.approx(1.8) and mla["val_loss_error"] == pytest.approx(0.3 / 3**0.5)
+    assert mla["loss_to_mha"] == pytest.approx(1.8 / 1.1 - 1)
+    assert mla["loss_to_mha_error"] == pytest.approx((0.01 + 0.03) ** 0.5 / 1.1)
+    assert [rows[0]["name"], rows[3]["name"]] == ["mha", str(paths[6])]
+    assert "+63.6%±18.2%" in script(f"--table={tmp_path / 'bench.json'}")[1]
 
 
 class Oracle(torch.nn.Module):

@@ -1,0 +1,46 @@
+#!/bin/bash
+# The study of README.md: trains everything into study/SCALE, then makes its tables and figures there.
+#
+#     bash assets/study.sh cpu     about 100 minutes on 2 cores
+#     bash assets/study.sh gpu     on one H100-class GPU
+#
+# Stopped, it goes on where it was. Flags of train.py may follow: bash assets/study.sh cpu --steps=20
+set -eu
+scale=${1-}
+case $scale in
+cpu) flags="--size=tiny --batch_size=4 --steps=1200 --lr=0.0015" rates="0.00075 0.003" jobs=$(nproc) ;;
+gpu) flags="--size=30m --batch_size=64 --steps=800 --lr=0.001" rates="0.0005 0.002" jobs=1 ;;
+*) echo "study.sh: '$scale': must be cpu or gpu" >&2 && exit 2 ;;
+esac
+export out=study/$scale flags="$flags ${*:2}"
+[ "$scale" = gpu ] || export OMP_NUM_THREADS=1 # runs of one thread side by side train more than one run of all threads
+
+runs() {
+    for seed in 0 1 2; do
+        for attn in mha mha_rope mla mla_rope mla_decoupled; do echo "--attn=$attn --seed=$seed"; done
+    done
+    printf '%s\n' "--attn=gqa" "--attn=mla_prerope" "--attn=mla_decoupled --joint" "--attn=mla --rank=1"
+    for rank in 1 0.25 0.125; do
+        printf '%s\n' "--attn=mla_rope --rank=$rank" "--attn=mla_decoupled --rank=$rank"
+    done
+    for lr in $rates; do # was the learning rate right for both?
+        printf '%s\n' "--attn=mha_rope --lr=$lr" "--attn=mla_rope --lr=$lr"
+    done
+}
+run() { # its own flags are its name, too
+    local folder=$out name
+    [[ $* != *--lr* ]] || folder=$out/rates
+    folder=$folder/$(sed 's/--attn=//; s/ --/-/g' <<<"$*")
+    mkdir -p "$folder"
+    if ! grep -qs "^next:" "$folder/printed"; then
+        echo "$(date +%H:%M) $folder"
+        python train.py $flags $* --out="$folder" $([ ! -e "$folder/last.pt" ] || echo --resume) >"$folder/printed"
+    fi
+}
+export -f run
+runs | xargs -P "$jobs" -I{} bash -c "run {}"
+
+python bench.py $out/*/ckpt.pt --judge=50 --out=$out
+for null in chain mp; do
+    python spectrum.py $out/{mha_rope-seed=0,mla_prerope,mla_decoupled-seed=0} --null=$null --out=$out | tee $out/spectrum_$null.txt
+done
