@@ -8,7 +8,7 @@
 set -eu
 scale=${1-}
 case $scale in
-cpu) flags="--size=tiny --batch_size=4 --steps=1200 --lr=0.0015" rates="0.00075 0.003" jobs=$(nproc) ;;
+cpu) flags="--size=tiny --batch_size=4 --steps=1000 --lr=0.0015" rates="0.00075 0.003" jobs=$(nproc) ;;
 gpu) flags="--size=30m --batch_size=64 --steps=800 --lr=0.001" rates="0.0005 0.002" jobs=1 ;;
 *) echo "study.sh: '$scale': must be cpu or gpu" >&2 && exit 2 ;;
 esac
@@ -16,15 +16,15 @@ export out=study/$scale flags="$flags ${*:2}"
 [ "$scale" = gpu ] || export OMP_NUM_THREADS=1 # runs of one thread side by side train more than one run of all threads
 
 runs() {
+    for attn in mha_rope mla_rope; do # is the learning rate right for both?
+        for lr in $rates; do echo "--attn=$attn --lr=$lr"; done
+    done
     for seed in 0 1 2; do
         for attn in mha mha_rope mla mla_rope mla_decoupled; do echo "--attn=$attn --seed=$seed"; done
     done
     printf '%s\n' "--attn=gqa" "--attn=mla_prerope" "--attn=mla_decoupled --joint" "--attn=mla --rank=1"
     for rank in 1 0.25 0.125; do
         printf '%s\n' "--attn=mla_rope --rank=$rank" "--attn=mla_decoupled --rank=$rank"
-    done
-    for lr in $rates; do # was the learning rate right for both?
-        printf '%s\n' "--attn=mha_rope --lr=$lr" "--attn=mla_rope --lr=$lr"
     done
 }
 run() { # its own flags are its name, too
