@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from data.judge import judge, mean_and_error, questions, split_stories
 from data.prepare import DATA, Parser, load_data, load_tokenizer, run
-from model import ATTN, GPT, ROTARY, GPTConfig, check_device, fast_bfloat16, load_checkpoint
+from model import ATTN, GPT, ROTARY, SIZES, GPTConfig, check_device, fast_bfloat16, load_checkpoint
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 COLOURS = dict(mha="k", mha_rope="#999999", gqa="#E69F00", mla="#56B4E9", mla_rope="#009E73") | {
@@ -38,10 +38,6 @@ COLOURS = dict(mha="k", mha_rope="#999999", gqa="#E69F00", mla="#56B4E9", mla_ro
     "mla_decoupled": "#D55E00",
 }
 
-SHAPES = {"tiny": dict(n_layer=4, n_head=4, n_embd=256), "30m": dict(n_layer=9, n_head=8, n_embd=512)} | {
-    "124m": dict(n_layer=12, n_head=12, n_embd=768),
-    "200m": dict(n_layer=12, n_head=16, n_embd=1024),
-}
 VARIANTS = (  # attn, rank, joint
     *(("mha", None, False), ("mha_rope", None, False)),
     *(("gqa", rank, False) for rank in (1 / 2, 1 / 4, 1 / 8)),
@@ -532,7 +528,7 @@ def main():
     parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("checkpoints", nargs="*", help="of train.py; none: every variant, freshly initialised")
     parser.add_argument("--attn", nargs="+", choices=ATTN, default=ATTN, metavar="ATTN", help="variants (all)")
-    parser.add_argument("--size", choices=SHAPES, default="30m", help="shape of fresh models (%(default)s)")
+    parser.add_argument("--size", choices=SIZES, default="30m", help="shape of fresh models (%(default)s)")
     parser.add_argument("--batch", nargs="+", type=int, default=[8], help="sequences decoded at once (8)")
     parser.add_argument("--context", nargs="+", type=int, help="tokens cached (512 and 4096; a checkpoint's own)")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="of weights and cache (bfloat16 where it is fast)")
@@ -589,7 +585,7 @@ def main():
             if loaded:
                 jobs += [(device, DTYPES[dtype], paths, loaded[paths[0]][0].config) for paths in groups]
             else:
-                shape = dict(SHAPES[args.size], block_size=max(contexts) + 1, vocab_size=4096)
+                shape = SIZES[args.size] | dict(block_size=max(contexts) + 1, vocab_size=4096)
                 jobs += [
                     (device, DTYPES[dtype], None, GPTConfig(attn=attn, rank=rank, joint=joint, **shape))
                     for attn, rank, joint in VARIANTS

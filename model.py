@@ -35,6 +35,12 @@ ATTN = ("mha", "mha_rope", "gqa", "mla", "mla_rope", "mla_prerope", "mla_decoupl
 ROTARY = ("mha_rope", "gqa", "mla_rope", "mla_prerope", "mla_decoupled")  # the others learn a table of positions
 ABSORBS = ("mla", "mla_prerope", "mla_decoupled")
 JOINS = ("mla", "mla_rope", "mla_decoupled")  # mla_prerope compresses rotated keys: nothing that a value could share
+SIZES = {  # fields of GPTConfig, by the name of a size
+    "tiny": dict(n_layer=4, n_head=4, n_embd=256, block_size=320),
+    "30m": dict(n_layer=9, n_head=8, n_embd=512, block_size=512),
+    "124m": dict(n_layer=12, n_head=12, n_embd=768, block_size=1024),
+    "200m": dict(n_layer=12, n_head=16, n_embd=1024, block_size=1024),
+}
 
 
 @dataclass

@@ -30,14 +30,14 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data.prepare import DATA, Parser, load_data, load_tokenizer, prepare, run
-from model import ATTN, FORMAT, GPT, GPTConfig, check_device, fast_bfloat16, load_checkpoint, tell
+from model import ATTN, FORMAT, GPT, SIZES, GPTConfig, check_device, fast_bfloat16, load_checkpoint, tell
 from spectrum import snapshot
 
-SIZES = {  # the shape of a model, and the training that suits it
-    "tiny": dict(n_layer=4, n_head=4, n_embd=256, block_size=320, batch_size=8, steps=450, lr=3e-3),
-    "30m": dict(n_layer=9, n_head=8, n_embd=512, block_size=512, batch_size=64, steps=5000, lr=1e-3),
-    "124m": dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=64, steps=10000, lr=6e-4),
-    "200m": dict(n_layer=12, n_head=16, n_embd=1024, block_size=1024, batch_size=64, steps=10000, lr=5e-4),
+BUDGETS = {  # the training that suits a size
+    "tiny": dict(batch_size=8, steps=450, lr=3e-3),
+    "30m": dict(batch_size=64, steps=5000, lr=1e-3),
+    "124m": dict(batch_size=64, steps=10000, lr=6e-4),
+    "200m": dict(batch_size=64, steps=10000, lr=5e-4),
 }
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bf16, datasheets
 
@@ -79,7 +79,7 @@ class Options:
         self.size = self.size or ("30m" if on_cuda else "tiny")
         for name in ("steps", "batch_size", "lr"):
             if getattr(self, name) is None:
-                setattr(self, name, SIZES[self.size][name])
+                setattr(self, name, BUDGETS[self.size][name])
         self.eval_interval = self.eval_interval if self.eval_interval is not None else max(1, self.steps // 10)
         self.compile = on_cuda if self.compile is None else self.compile
         self.dtype = self.dtype or ("bfloat16" if fast_bfloat16(self.device) else "float32")

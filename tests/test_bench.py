@@ -173,8 +173,8 @@ def test_tables_line_up_and_markdown_is_markdown():
 @pytest.fixture
 def script(monkeypatch, capsys, tmp_path):
     """Run bench.py on small shapes -> exit status, stdout, stderr."""
-    monkeypatch.setitem(bench.SHAPES, "30m", dict(n_layer=1, n_head=8, n_embd=64))
-    monkeypatch.setitem(bench.SHAPES, "tiny", dict(n_layer=1, n_head=2, n_embd=16))
+    monkeypatch.setitem(bench.SIZES, "30m", dict(n_layer=1, n_head=8, n_embd=64))
+    monkeypatch.setitem(bench.SIZES, "tiny", dict(n_layer=1, n_head=2, n_embd=16))
     monkeypatch.setattr(bench, "ceilings", lambda device, dtype: (1e10, 1e11))
 
     def script(*arguments):

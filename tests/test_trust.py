@@ -365,7 +365,7 @@ def test_no_command_line_ends_in_a_traceback(main, data, out, tmp_path_factory, 
     monkeypatch.setattr(prep, "DATA", folder)  # where prepare would write
     monkeypatch.setattr(prep.prepare, "__defaults__", (*prep.prepare.__defaults__[:-1], folder))
     monkeypatch.setattr(bench, "ceilings", lambda device, dtype: (1e10, 1e11))
-    monkeypatch.setattr(bench, "SHAPES", {size: dict(n_layer=1, n_head=2, n_embd=16) for size in bench.SHAPES})
+    monkeypatch.setattr(bench, "SIZES", {size: dict(n_layer=1, n_head=2, n_embd=16) for size in bench.SIZES})
     base = {
         train.main: [*SMALL, "--steps=1", f"--data={data}", "--out=run"],
         model.main: [out / "ckpt.pt", "--tokens=1"],
