@@ -65,7 +65,7 @@ COLUMNS = {  # key of a row: heading, format, what it is
     "roofline": ("roofline", "{:.0%}", "share of what this machine could do"),
     "train": ("train", "{:,.0f}", "trained tokens/s, with --train"),
     "to_float32": ("/ float32", "{:.2f}", "trained tokens/s over those in plain float32"),
-    "runs": ("seeds", "{}", "that it was trained with; of several, means with standard errors"),
+    "runs": ("seeds", "{}", "runs that differ in their seed; of several, means with standard errors"),
     "val_loss": ("val", "{:.4f}", "validation loss, nats per token"),
     "excess": ("excess", "{:.4f}", "of it over the floor"),
     "loss_to_mha": ("vs mha", "{:+.1%}", "of it against mha"),
@@ -525,7 +525,8 @@ def build(config, dtype, device):
 
 
 def main():
-    parser = Parser(description=__doc__.split("\n\n")[0])
+    example = "example: python bench.py --attn mha mla_decoupled --batch 1 8 --context 512 4096 8192"
+    parser = Parser(description=__doc__.split("\n\n")[0], epilog=example)
     parser.add_argument("checkpoints", nargs="*", help="of train.py; none: every variant, freshly initialised")
     parser.add_argument("--attn", nargs="+", choices=ATTN, default=ATTN, metavar="ATTN", help="variants (all)")
     parser.add_argument("--size", choices=SIZES, default="30m", help="shape of fresh models (%(default)s)")
@@ -541,7 +542,12 @@ def main():
         "--judge", type=int, metavar="N", help="score N stories that each checkpoint tells, and its recall"
     )
     parser.add_argument(
-        "--columns", nargs="+", choices=COLUMNS, default=COLUMNS, metavar="COLUMN", help="of: " + ", ".join(COLUMNS)
+        "--columns",
+        nargs="+",
+        choices=COLUMNS,
+        default=COLUMNS,
+        metavar="COLUMN",
+        help="; ".join(f"{name}: {what}" for name, (_, _, what) in COLUMNS.items()).replace("%", "%%"),
     )
     parser.add_argument("--out", type=Path, default=Path("."), help="folder for bench.json and bench.png (here)")
     parser.add_argument(

@@ -633,7 +633,8 @@ def tell(model, tokenizer, prompt, tokens=None, temperature=0.8, top_k=None, see
 def main():
     from data.prepare import Parser, load_tokenizer  # here, because the model itself needs nothing but torch
 
-    parser = Parser(description="Tell a story with a trained model.")
+    example = 'example: python model.py out/ckpt.pt --prompt="One sunny day" --temperature=0.5 --seed=1'
+    parser = Parser(description="Tell a story with a trained model.", epilog=example)
     parser.add_argument("checkpoint", help="a file that train.py wrote, such as out/ckpt.pt")
     parser.add_argument("--prompt", default="Once upon a time", help="the story's first words (default: %(default)s)")
     parser.add_argument("--tokens", type=int, help="new tokens, at most (default: as many as the context holds)")

@@ -554,7 +554,8 @@ def draw_dynamics(path, runs, title):
 def main():
     from data.prepare import Parser
 
-    parser = Parser(description=__doc__.split("\n\n")[0])
+    example = "example: python spectrum.py out out/mla_decoupled --null=mp"
+    parser = Parser(description=__doc__.split("\n\n")[0], epilog=example)
     parser.add_argument("paths", nargs="+", type=Path, help="a checkpoint; or run folders, to compare their dynamics")
     parser.add_argument("--null", choices=NULLS, default="chain", help="law to measure against (default: %(default)s)")
     parser.add_argument("--circuit", choices=CIRCUITS, help="part of mla_decoupled's key (default: both)")

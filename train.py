@@ -107,7 +107,8 @@ MODEL_HELP = {
 
 def parse_arguments(arguments=None):
     """The flags that were given -> {field of GPTConfig or Options: value}."""
-    parser = Parser(description=__doc__, argument_default=SUPPRESS)
+    usage, example = "train.py [FLAGS]", "example: python train.py --attn=mla_decoupled --rank=0.25 --out=out/quarter"
+    parser = Parser(usage=usage, description=__doc__, epilog=example, argument_default=SUPPRESS)
     for source in (GPTConfig, Options):
         group = parser.add_argument_group("model" if source is GPTConfig else "training")
         for f in fields(source):

@@ -270,7 +270,10 @@ def load_data(folder):
 
 
 def main():
-    parser = Parser(description="Turn stories into tokens: writes train.bin, val.bin and meta.json into data/<name>/.")
+    parser = Parser(
+        description="Turn stories into tokens: writes train.bin, val.bin and meta.json into data/<name>/.",
+        epilog="example: python data/prepare.py mine.txt --tokenizer=stories, then: python train.py --data=mine",
+    )
     parser.add_argument("source", nargs="?", default="stories", metavar="stories|tinystories|FILE.txt", help=(
         "the story world of data/stories.py (default), the TinyStories data set (downloaded), or your own text: "
         "stories with <|endoftext|> or blank lines between them"))  # fmt: skip

@@ -333,7 +333,8 @@ def learn_bpe(counts, size):
 def main():
     from data.prepare import DATA, PATTERN, VOCABULARY, Parser, load_data
 
-    parser = Parser(description="Tell stories of the story world, or make its vocabulary anew.")
+    example = "example: python data/stories.py tell 5 --seed=3"
+    parser = Parser(description="Tell stories of the story world, judge them, or make its vocabulary.", epilog=example)
     commands = parser.add_subparsers(dest="command", required=True)
     tell = commands.add_parser("tell", help="print stories, and the information content of each")
     tell.add_argument("count", nargs="?", type=int, default=1, help="how many (default: 1)")
