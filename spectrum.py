@@ -520,7 +520,7 @@ def draw_model(path, config, spectra, title):
         axes[0, column].set_title(f"{circuit}, {who}\n" + axes[0, column].get_title(), fontsize=9)
         axes[-1, column].set_xlabel("eigenvalue, if the law's mean is 1")
     figure.supylabel("density per unit of log eigenvalue", fontsize=10)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=min(4, len(columns)))
     figure.savefig(path, dpi=120)
 
 
@@ -614,7 +614,7 @@ def main():
         result = result[0] | {"spectra": plain(found)}
         count, energy = (over_heads(chosen["chain"][name].ravel()) for name in ("outliers", "outlier_energy"))
         seen = f"{count:.1f} outliers per head ({circuit}), with {energy:.0%} of the energy"
-        draw_model(figure, config, found, f"Eigenvalues of W_Q W_K^T of {config.attn} at step {steps[0]}: {seen}")
+        draw_model(figure, config, found, f"Eigenvalues of W_Q W_K^T of {config.attn} at step {steps[0]}\n{seen}")
     data.write_text(json.dumps(result))
     print(f"wrote {data} and {figure}")
 
