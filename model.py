@@ -26,6 +26,7 @@ import math
 import os
 import warnings
 from dataclasses import dataclass
+from textwrap import fill
 
 import torch
 import torch.nn as nn
@@ -650,7 +651,8 @@ def main():
     tokenizer = load_tokenizer(meta.get("tokenizer") if type(meta) is dict else None)
     if tokenizer.n_vocab != model.config.vocab_size:
         raise ValueError(f"{args.checkpoint}: has {model.config.vocab_size} tokens, its tokenizer {tokenizer.n_vocab}")
-    print(tell(model, tokenizer, args.prompt, args.tokens, args.temperature, args.top_k, args.seed))
+    story = tell(model, tokenizer, args.prompt, args.tokens, args.temperature, args.top_k, args.seed)
+    print(fill(story, 80, replace_whitespace=False))
 
 
 if __name__ == "__main__":

@@ -390,16 +390,16 @@ DIAGNOSTICS = {  # heading in the table, format there, what the figure says
 
 def table(found):
     """A row per layer of diagnostics (L, H): mean ± standard deviation over heads. Ranks are shares of full rank."""
-    lines = ["layer" + "".join(f"{heading:>13}" for heading, _, _ in DIAGNOSTICS.values())]
+    lines = ["layer" + "".join(f"{heading:>12}" for heading, _, _ in DIAGNOSTICS.values())]
     for layer in range(len(found["edge"])):
         line = f"{layer:5}"
         for name, (_, style, _) in DIAGNOSTICS.items():
             values = found[name][layer][np.isfinite(found[name][layer])]
             if len(values) == 0:
-                line += f"{'-':>13}"
+                line += f"{'-':>12}"
             else:
                 spread = f" ±{values.std():{style.replace('3', '2')}}" if len(found[name][layer]) > 1 else ""
-                line += f" {values.mean():{style}}{spread}".rjust(13)
+                line += f" {values.mean():{style}}{spread}".rjust(12)
         lines.append(line)
     return "\n".join(lines)
 

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from textwrap import fill
 from typing import get_args, get_type_hints
 
 import numpy as np
@@ -526,7 +527,8 @@ class Run:
         change = cached / of_mha - 1
         compared = f"{abs(change):.0%} {'less' if change < 0 else 'more'} than" if change else "as many as"
         print(f"KV cache {cached:,} bytes per token in bfloat16, {compared} the {of_mha:,} of mha")
-        print(f"\n{tell(model.eval(), self.tokenizer, 'Once upon a time')}\n")
+        story = tell(model.eval(), self.tokenizer, "Once upon a time")
+        print(f"\n{fill(story, 80, replace_whitespace=False)}\n")
         other = "mla_decoupled" if config.attn != "mla_decoupled" else "mha_rope"
         print(f'next: python model.py {path} --prompt="One sunny day" --seed=1')
         print(f"      python train.py --attn={other} --out={self.out}/{other}")

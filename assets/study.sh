@@ -35,7 +35,7 @@ run() { # its own flags are its name, too
     mkdir -p "$folder"
     if ! grep -qs "^next:" "$folder/printed"; then
         echo "$(date +%H:%M) $folder"
-        python train.py $flags $* --out="$folder" $([ ! -e "$folder/last.pt" ] || echo --resume) >"$folder/printed"
+        python train.py $flags $* --out="$folder" $([ ! -e "$folder/last.pt" ] || echo --resume) >>"$folder/printed"
     fi
 }
 export -f run

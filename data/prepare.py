@@ -224,7 +224,9 @@ def prepare(source="stories", stories=None, tokenizer=None, seed=0, root=DATA):
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     sizes = f"{meta['train_tokens']:,} tokens to train on, {meta['val_tokens']:,} to validate on"
-    print(f"{os.path.relpath(folder)}: {sizes}" + (f", floor {meta['floor']:.4f} nats per token" if known else ""))
+    print(f"{os.path.relpath(folder)}: {sizes}")
+    if known:
+        print(f"floor {meta['floor']:.4f} nats per token, the loss of a perfect model")
     return folder
 
 
