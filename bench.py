@@ -65,11 +65,15 @@ COLUMNS = {  # key of a row: heading, format, what it is
     "roofline": ("roofline", "{:.0%}", "share of what this machine could do"),
     "train": ("train", "{:,.0f}", "trained tokens/s, with --train"),
     "to_float32": ("/ float32", "{:.2f}", "trained tokens/s over those in plain float32"),
-    "runs": ("seeds", "{}", "runs that differ in their seed; of several, means with standard errors"),
+    "runs": ("seeds", "{}", "runs that differ in nothing else: means, ± standard errors between runs"),
     "val_loss": ("val", "{:.4f}", "validation loss, nats per token"),
     "excess": ("excess", "{:.4f}", "of it over the floor"),
     "loss_to_mha": ("vs mha", "{:+.1%}", "of it against mha"),
-    "grammar": ("grammar", "{:.1f}", "with --judge: of sampled stories, 0 to 10"),
+    "grammar": (
+        "grammar",
+        "{:.1f}",
+        "with --judge: of sampled stories, 0 to 10; of a single run, ± is between stories",
+    ),
     "consistency": ("consist.", "{:.1f}", "likewise"),
     "creativity": ("creativ.", "{:.1f}", "likewise"),
     "recall": ("recall", "{:.1%}", "probability of the right word where an unseen story recalls something"),
@@ -317,8 +321,10 @@ def seeds_apart(loaded):
     for path, (model, checkpoint) in loaded.items():
         options = checkpoint.get("options")
         options = options if type(options) is dict else {"unknown": path}
-        ways = {k: v for k, v in options.items() if k not in ("seed", "out", "resume", "device", "compile")}
-        key, seed = repr((model.config, sorted(ways.items()))), options.get("seed")
+        ways = [
+            f"{k}={v}" for k, v in options.items() if k not in ("seed", "data", "out", "resume", "device", "compile")
+        ]
+        key, seed = repr((model.config, sorted(ways), checkpoint.get("meta"))), repr(options.get("seed"))
         if seed in groups.get(key, ()):  # the same run twice is no second sample
             key = path
         groups.setdefault(key, {})[seed] = path
@@ -340,7 +346,7 @@ def mean_of(runs):
         values = [one.get(name) for one in runs]
         if name == "recall_curve":
             columns = zip(*values, strict=True)
-            row[name] = [[bins[0][0], *mean_and_error([bin[1] for bin in bins])] for bins in columns]
+            row[name] = [[b[0][0], *mean_and_error([p for _, p, _ in b if p is not None])] for b in columns]
         elif None not in values:
             row[name], row[f"{name}_error"] = mean_and_error(values)
     return row
@@ -367,8 +373,11 @@ def compare(rows):
                 if row.get("val_loss") and r.get("val_loss"):
                     row["loss_to_mha"] = row["val_loss"] / r["val_loss"] - 1
                     errors = [one.get("val_loss_error") for one in (row, r)]
-                    if None not in errors and row is not r:
-                        row["loss_to_mha_error"] = math.hypot(*errors) / r["val_loss"]
+                    known = None not in errors and row is not r
+                    share = (
+                        [error / one["val_loss"] for error, one in zip(errors, (row, r), strict=True)] if known else []
+                    )
+                    row["loss_to_mha_error"] = math.hypot(*share) * row["val_loss"] / r["val_loss"] if known else None
             if row["rank"] and (r["attn"], r["rank"], r["joint"]) == (row["attn"], 1.0, row["joint"]):
                 row["to_full"] = fastest[id(row)] / fastest[id(r)]
     return rows
@@ -475,6 +484,8 @@ def draw_loss(axes, rows, loss):
         columns = [[r[key] for r in mine] for key in ("kv_bytes", loss)]
         errors = [r.get(f"{loss}_error") or 0 for r in mine]
         style = style_of(mine[0], marker="s" if joint else "o", capsize=3)
+        if len({r["rank"] for r in mine}) < len(mine):  # runs of one rank that differ in something else
+            style["linestyle"] = "none"
         axes.errorbar(*columns, errors, **style, label=attn + (" joint" if joint else ""))
         for r in mine:
             if r["rank"]:
@@ -483,7 +494,9 @@ def draw_loss(axes, rows, loss):
     axes.set(xscale="log", xlabel=f"KV cache, bytes per token in {rows[0]['dtype']}")
     axes.set(ylabel=f"{'excess over the floor' if loss == 'excess' else 'loss'}, nats per token")
     ticks = sorted({r["kv_bytes"] for r in rows})
-    ticks = [tick for tick, last in zip(ticks, [0, *ticks], strict=False) if tick > 1.2 * last]
+    for tick, after in zip(ticks[:-1], ticks[1:], strict=True):
+        if after < 1.2 * tick:  # their numbers would run into each other
+            ticks.remove(after)
     axes.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks])
     axes.minorticks_off()
     axes.set_title("Loss against cache: lower left is better")
@@ -494,7 +507,8 @@ def curves(rows):
     names = {}
     for r in sorted(rows, key=lambda r: r["context"]):
         names.setdefault(r.get("name") or name_of(r), []).append(r)
-    return {n: mine for n, mine in names.items() if len(names) < 9 or mine[0]["rank"] in (None, 0.5)}
+    usual = {n: mine for n, mine in names.items() if mine[0]["rank"] in (None, 0.5)}
+    return usual if usual and len(names) > 8 else names
 
 
 def draw_recall(axes, rows):
@@ -532,7 +546,8 @@ def main():
     parser.add_argument("--size", choices=SIZES, default="30m", help="shape of fresh models (%(default)s)")
     parser.add_argument("--batch", nargs="+", type=int, default=[8], help="sequences decoded at once (8)")
     parser.add_argument("--context", nargs="+", type=int, help="tokens cached (512 and 4096; a checkpoint's own)")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="of weights and cache (bfloat16 where it is fast)")
+    text = f"of weights and cache: {', '.join(DTYPES)} (bfloat16 where it is fast)"
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, metavar="DTYPE", help=text)
     parser.add_argument("--device", nargs="+", help="cpu, cuda, ... (cuda where there is one)")
     parser.add_argument(
         "--rounds", type=int, default=3, help="through all that is measured; medians count (%(default)s)"
@@ -565,7 +580,6 @@ def main():
             raise ValueError(f"--{name}: must be at least 1")
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out={args.out}: must be a folder")
-    args.out.mkdir(parents=True, exist_ok=True)
     args.batch = list(dict.fromkeys(args.batch))
     devices = args.device or ["cuda" if torch.cuda.is_available() else "cpu"]
     for device in devices:
@@ -600,6 +614,7 @@ def main():
     for device, dtype, _, config in jobs:
         check_memory(config, max(args.batch), max(contexts), dtype.itemsize, device)
 
+    args.out.mkdir(parents=True, exist_ok=True)  # now, lest a failure lose what was measured
     report = {
         "command": " ".join(["python", *map(os.path.basename, sys.argv[:1]), *sys.argv[1:]]),
         "machines": {},

@@ -26,7 +26,6 @@ import math
 import os
 import warnings
 from dataclasses import dataclass
-from textwrap import fill
 
 import torch
 import torch.nn as nn
@@ -632,7 +631,7 @@ def tell(model, tokenizer, prompt, tokens=None, temperature=0.8, top_k=None, see
 
 
 def main():
-    from data.prepare import Parser, load_tokenizer  # here, because the model itself needs nothing but torch
+    from data.prepare import Parser, load_tokenizer, wrap  # here, because the model itself needs nothing but torch
 
     example = 'example: python model.py out/ckpt.pt --prompt="One sunny day" --temperature=0.5 --seed=1'
     parser = Parser(description="Tell a story with a trained model.", epilog=example)
@@ -651,8 +650,7 @@ def main():
     tokenizer = load_tokenizer(meta.get("tokenizer") if type(meta) is dict else None)
     if tokenizer.n_vocab != model.config.vocab_size:
         raise ValueError(f"{args.checkpoint}: has {model.config.vocab_size} tokens, its tokenizer {tokenizer.n_vocab}")
-    story = tell(model, tokenizer, args.prompt, args.tokens, args.temperature, args.top_k, args.seed)
-    print(fill(story, 80, replace_whitespace=False))
+    print(wrap(tell(model, tokenizer, args.prompt, args.tokens, args.temperature, args.top_k, args.seed)))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from textwrap import fill
 from typing import get_args, get_type_hints
 
 import numpy as np
@@ -30,7 +29,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data.prepare import DATA, Parser, load_data, load_tokenizer, prepare, run
+from data.prepare import DATA, Parser, load_data, load_tokenizer, prepare, run, wrap
 from model import ATTN, FORMAT, GPT, SIZES, GPTConfig, check_device, fast_bfloat16, load_checkpoint, tell
 from spectrum import snapshot
 
@@ -140,14 +139,18 @@ def resolve(given):
         changeable = ("resume", "out", "device", "compile")
         try:
             Options(**last["options"])
-            if last["options"].keys() != {f.name for f in fields(Options)} or type(last["meta"]) is not dict:
-                raise ValueError("options or meta are not whole")
+            names = [{f.name for f in fields(part)} for part in (Options, GPTConfig)]
+            plain = all(type(value) in (str, int, float, type(None)) for value in last["meta"].values())
+            if [last["options"].keys(), last["config"].keys()] != names or not plain:
+                raise ValueError("options, config or meta are not whole")
             saved = {k: v for k, v in (last["options"] | last["config"]).items() if k not in ("resume", "out")}
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(f"--resume: {path} is damaged: {error!r}") from error
+        except Exception as error:  # anything can stand in the file
+            raise ValueError(f"--resume: {path} is damaged: {error!r}"[:300]) from error
         for name, value in given.items():
             if name not in changeable and value != saved[name]:
                 raise ValueError(f"--resume: the run has --{name}={saved[name]}, not {value}; leave that flag out")
+        if "device" in given:  # another machine, perhaps, where it may not pay
+            saved["compile"] = None
         given = saved | given
     options = Options(**{k: v for k, v in given.items() if k not in shape})
     return options, {k: v for k, v in (SIZES[options.size] | given).items() if k in shape}, last
@@ -183,7 +186,12 @@ def together(work, device, stop=()):
     failed, asked = failure is not None, bool(stop)
     if dist.is_initialized():
         news = torch.tensor([float(failed), float(asked)], device=device)
-        dist.all_reduce(news)
+        try:
+            dist.all_reduce(news)
+        except RuntimeError as gone:
+            if failure:
+                raise failure from gone
+            raise
         failed, asked = news.bool().tolist()
     if failure:
         raise failure
@@ -342,7 +350,7 @@ class Run:
         if last:
             try:
                 self.restore(last)
-            except Exception as error:  # anything can stand in the file
+            except Exception as error:  # likewise
                 raise ValueError(f"--resume: {options.out}/last.pt is damaged: {error!r}"[:300]) from error
         net = torch.compile(self.model) if options.compile else self.model
         self.net = DistributedDataParallel(net) if self.world > 1 else net
@@ -369,8 +377,8 @@ class Run:
         self.optimizer.load_state_dict({"state": state, "param_groups": mine})
         self.first, self.best, self.losses, self.seconds = (last[k] for k in ("step", "best", "losses", "seconds"))
         numbers = [self.best, self.seconds, *self.losses]
-        right = all(type(n) in (int, float) and n == n for n in numbers) and self.seconds >= 0
-        if not right or type(self.first) is not int or not 0 <= self.first <= self.options.steps:
+        right = all(type(n) in (int, float) and n == n for n in numbers) and type(self.losses) is list
+        if not right or self.seconds < 0 or type(self.first) is not int or not 0 <= self.first <= self.options.steps:
             raise ValueError("step, best, losses or seconds are no numbers of this run")
         self.seconds = max(self.seconds, 1e-9)  # losses without time would be infinitely fast
 
@@ -478,10 +486,29 @@ class Run:
         """All steps, with a report every eval_interval. Ctrl-C and SIGTERM stop after the step that they meet.
 
         Returns the exit status: None if done, 130 if stopped."""
-        options, leader = self.options, self.rank == 0
         stop = []
         signals = (signal.SIGINT, signal.SIGTERM)
         handlers = [signal.signal(number, lambda number, frame: stop.append(number)) for number in signals]
+        try:
+            step = self.steps(stop)
+        finally:
+            for number, handler in zip(signals, handlers, strict=True):
+                signal.signal(number, handler)
+        leader = self.rank == 0
+        if step < self.options.steps:
+            if leader:
+                self.save(step)
+                print(
+                    f"stopped after {step} of {self.options.steps} steps; "
+                    f"go on: python train.py --resume --out={self.out}"
+                )
+            return 130
+        if leader:
+            self.finish()
+
+    def steps(self, stop):
+        """Take steps until all are done, or `stop` holds something in any process -> the number of steps done."""
+        options, leader = self.options, self.rank == 0
         together(leader and partial(prepare_folder, self.out, self.first if self.resumed else None), self.device)
         if leader:
             size = f"{sum(p.numel() for p in self.model.parameters()):,} parameters"
@@ -501,17 +528,7 @@ class Run:
             self.seconds += time.perf_counter() - begun
             bar.update()
         bar.close()
-        for number, handler in zip(signals, handlers, strict=True):
-            signal.signal(number, handler)
-        if step < options.steps:
-            if leader:
-                self.save(step)
-                print(
-                    f"stopped after {step} of {options.steps} steps; go on: python train.py --resume --out={self.out}"
-                )
-            return 130
-        if leader:
-            self.finish()
+        return step
 
     def finish(self):
         """Last words: the best model on all of the validation data, its cache, a story, and what to try next."""
@@ -528,7 +545,7 @@ class Run:
         compared = f"{abs(change):.0%} {'less' if change < 0 else 'more'} than" if change else "as many as"
         print(f"KV cache {cached:,} bytes per token in bfloat16, {compared} the {of_mha:,} of mha")
         story = tell(model.eval(), self.tokenizer, "Once upon a time")
-        print(f"\n{fill(story, 80, replace_whitespace=False)}\n")
+        print(f"\n{wrap(story)}\n")
         other = "mla_decoupled" if config.attn != "mla_decoupled" else "mha_rope"
         print(f'next: python model.py {path} --prompt="One sunny day" --seed=1')
         print(f"      python train.py --attn={other} --out={self.out}/{other}")
@@ -539,7 +556,7 @@ def main():
     try:
         sys.exit(Run(given).train())
     except RuntimeError as error:
-        if dist.is_initialized() and "memory" not in str(error):  # gloo and nccl say so when the others are gone
+        if isinstance(error, dist.DistError) or "gloo" in str(error):  # nccl and gloo say so when the others are gone
             raise OSError(f"another process ended, see its message: {str(error)[:100]}") from error
         raise
     finally:

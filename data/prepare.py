@@ -15,6 +15,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import textwrap
 import urllib.request
 from multiprocessing import Pool
 from pathlib import Path
@@ -66,6 +67,11 @@ def run(main):
         status, message = 130, "interrupted"
     print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(status)
+
+
+def wrap(text):
+    """Text in lines of 80 columns, broken between words."""
+    return "\n".join(textwrap.fill(line, 80, break_on_hyphens=False) for line in text.split("\n"))
 
 
 def load_tokenizer(name):

@@ -20,7 +20,6 @@ import re
 import sys
 from collections import Counter
 from pathlib import Path
-from textwrap import fill
 
 WORLD = re.sub(r"\n +", " ", (Path(__file__).parent / "world.txt").read_text(encoding="utf-8"))  # indented lines go on
 FIRST_LETTERS = re.compile(r'(^|\n|[.!?] |\." |(?<!, )")([a-z])')  # of sentences, quoted ones too
@@ -332,7 +331,7 @@ def learn_bpe(counts, size):
 
 
 def main():
-    from data.prepare import DATA, PATTERN, VOCABULARY, Parser, load_data
+    from data.prepare import DATA, PATTERN, VOCABULARY, Parser, load_data, wrap
 
     example = "example: python data/stories.py tell 5 --seed=3"
     parser = Parser(description="Tell stories of the story world, judge them, or make its vocabulary.", epilog=example)
@@ -363,7 +362,7 @@ def main():
     elif args.command == "tell":
         for index in range(args.count):
             story = Author(args.seed, index)
-            print(f"{fill(story.text, 80)}\n({story.nats:.1f} nats)\n")
+            print(f"{wrap(story.text)}\n({story.nats:.1f} nats)\n")
     else:
         text = "\n".join(Author("vocabulary", index).text for index in range(20_000))
         ranks = learn_bpe(Counter(re.findall(PATTERN, text)), args.size)

@@ -237,9 +237,14 @@ def test_runs_that_differ_in_their_seed_share_a_row(script, tmp_path):
     assert mha["val_loss"] == pytest.approx(1.1) and mha["excess_error"] == pytest.approx(0.1)
     assert mla["val_loss"] == pytest.approx(1.8) and mla["val_loss_error"] == pytest.approx(0.3 / 3**0.5)
     assert mla["loss_to_mha"] == pytest.approx(1.8 / 1.1 - 1)
-    assert mla["loss_to_mha_error"] == pytest.approx((0.01 + 0.03) ** 0.5 / 1.1)
+    relative = ((0.1 / 1.1) ** 2 + (0.03**0.5 / 1.8) ** 2) ** 0.5
+    assert mla["loss_to_mha_error"] == pytest.approx(relative * 1.8 / 1.1) and mha["loss_to_mha_error"] is None
     assert [rows[0]["name"], rows[3]["name"]] == ["mha", str(paths[6])]
-    assert "+63.6%±18.2%" in script(f"--table={tmp_path / 'bench.json'}")[1]
+    assert "+63.6%±21.7%" in script(f"--table={tmp_path / 'bench.json'}")[1]
+    hostile = save(tmp_path / "hostile.pt", "mla", 8.0, options={"seed": [], 1: 2})
+    assert script(hostile, "--dtype", "float32", "--rounds=1")[0] == 0
+    curve = {"recall": 0.5, "recall_curve": [[0, None, None], [3, 0.25, None]]}
+    assert bench.mean_of([curve, curve | {"recall": 0.6}])["recall_curve"] == [[0, None, None], [3, 0.25, 0.0]]
 
 
 class Oracle(torch.nn.Module):

@@ -163,7 +163,11 @@ def test_if_the_first_process_fails_alone_all_end_with_one_line(trouble, said, d
         command = [sys.executable, "-c", LEADER_FAILS, *SMALL, f"--data={data}", f"--out={tmp_path}"]
         environment = os.environ | there | {"RANK": rank, "LOCAL_RANK": rank, "TROUBLE": trouble}
         processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True))
-    errors = [process.communicate(timeout=100)[1] for process in processes]
+    try:
+        errors = [process.communicate(timeout=100)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     assert [process.returncode for process in processes] == [1, 1], errors
     assert [error.count("\n") for error in errors] == [1, 1], errors
     assert said in errors[0] and "another process failed" in errors[1], errors
@@ -257,7 +261,11 @@ def call(main, arguments):
 def stopped(data, tmp_path_factory):
     """The last.pt of a run that was stopped half way, as loaded, and the weights it would have had at its end."""
     folder = tmp_path_factory.mktemp("stopped")
-    run = train.Run(train.parse_arguments([*SMALL, "--attn=mla", "--steps=4", f"--data={data}", f"--out={folder}"]))
+    run = train.Run(
+        train.parse_arguments(
+            [*SMALL, "--attn=mla", "--steps=4", f"--data={data}", f"--out={folder}", "--eval_interval=3"]
+        )
+    )
     step = run.step
     run.step = lambda number: (step(number), number == 1 and signal.raise_signal(signal.SIGINT))
     assert run.train() == 130
