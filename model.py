@@ -1,21 +1,28 @@
 """A small GPT whose attention is one of seven, chosen by one flag: from multi-head attention to multi-head latent
-attention (MLA). Read it from the top: each idea stands where it is first needed.
+attention (MLA). Read it from the top.
 
 Symbols, as in the papers: d = n_embd, H = n_head, h = d/H (the width of a head), r = round(rank * d) (the width of a
 latent), R = rope_dim. B sequences of T new tokens attend to S tokens, the cached ones included. x is (B, T, d).
 
-| attn          | positions                  | keys                                   | cached | can absorb |
-|---------------|----------------------------|----------------------------------------|--------|------------|
-| mha           | learned table              | k = x W_K                              | 2d     |            |
-| mha_rope      | RoPE on q and k            | k = RoPE(x W_K)                        | 2d     |            |
-| gqa           | RoPE on q and k            | rank*H key/value heads shared by all H | 2d rank|            |
-| mla           | learned table              | c = x W_DK, k = c W_UK                 | 2r     | yes        |
-| mla_rope      | RoPE after expansion       | k = RoPE(c W_UK)                       | 2r     | no         |
-| mla_prerope   | RoPE before compression    | c = RoPE(x W_K) W_DK, k = c W_UK       | 2r     | yes        |
-| mla_decoupled | RoPE on a part of its own  | as mla, and k^R = RoPE(x W_KR) beside  | 2r + R | yes        |
+| attn          | positions                 | keys                                   | cached  | absorbs      |
+|---------------|---------------------------|----------------------------------------|---------|--------------|
+| mha           | learned table             | k = x W_K                              | 2d      |              |
+| mha_rope      | RoPE on q and k           | k = RoPE(x W_K)                        | 2d      |              |
+| gqa           | RoPE on q and k           | rank*H key/value heads shared by all H | 2d rank |              |
+| mla           | learned table             | c = x W_DK, k = c W_UK                 | 2r      | keys, values |
+| mla_rope      | RoPE after expansion      | k = RoPE(c W_UK)                       | 2r      | values       |
+| mla_prerope   | RoPE before compression   | c = RoPE(x W_K) W_DK, k = c W_UK       | 2r      | keys, values |
+| mla_decoupled | RoPE on a part of its own | k = c W_UK, and k^R = RoPE(x W_KR)     | 2r + R  | keys, values |
 
-"cached" counts numbers per token per layer. Values in every mla variant: c_v = x W_DV, v = c_v W_UV. With joint=True
-one latent feeds keys and values (W_DV is gone, and the cache holds r instead of 2r).
+"cached" counts numbers per token per layer. A latent c is a narrow summary of a token, r numbers for all heads
+together, made by W_D (down) and cached instead of keys and values; W_U (up) expands it into them. To absorb is to
+decode without expanding: since q.(c W_UK) = (q W_UK^T).c, the query comes down to the latents instead. In mla_rope a
+rotation that is another one for each token stands between the two, so its keys cannot be absorbed. In mla_prerope the
+rotation is inside the latent; the price is that scores no longer depend on the distance of two tokens alone. In
+mla_decoupled the score is q.k + q^R.k^R, with q^R = RoPE(x W_QR) for each head and one k^R for all of them.
+
+Values in every mla variant: c_v = x W_DV, v = c_v W_UV. With joint=True one latent feeds keys and values (W_DV is gone,
+and the cache holds r instead of 2r).
 
 Sources: Vaswani et al. 2017 (mha); Su et al. 2021 (RoPE); Ainslie et al. 2023 (gqa); DeepSeek-AI 2024, arXiv 2405.04434
 (MLA, absorption, the decoupled key); Mehta et al. 2025, arXiv 2506.09342 (mla and mla_rope in small models); Jha and
@@ -53,9 +60,9 @@ class GPTConfig:
     n_head: int = 8
     n_embd: int = 512
     attn: str = "mha_rope"  # one of ATTN
-    rank: float | None = None  # latent width / n_embd, or key/value heads / heads for gqa; 0.5 where it applies
+    rank: float | None = None  # latent width / n_embd; gqa: key/value heads / heads. 0.5, but None for mha*
     joint: bool = False  # one latent for keys and values
-    rope_dim: int | None = None  # mla_decoupled: width of the rotary part; half a head by default
+    rope_dim: int | None = None  # mla_decoupled: width of the rotary part, even; half a head by default
     rope_base: float = 10000.0
     dropout: float = 0.0
 
@@ -126,44 +133,82 @@ def rotary(positions, dim, base):
 
 
 def rotate(x, rope):
-    """RoPE: turn each pair (x_i, x_{i + w/2}) of x (..., T, w) by the angles of its position; rope is rotary()'s.
+    """RoPE: turn each pair (x_i, x_{i + w/2}) of x (..., T, w) by the angles of its position; rope is rotary()'s, or
+    None where positions are a learned table: nothing turns.
 
     The product q.k of two rotated vectors depends on their positions only through the difference."""
+    if rope is None:
+        return x
     (cos, sin), (a, b) = rope, x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
 
 
-def unseen(S, places, device):
-    """The mask (T, S) of what comes after each of the T queries, which are at places, a slice or tensor, of S."""
-    tokens = torch.arange(S, device=device)
-    return tokens > tokens[places][:, None]
+def future(S, places, device):
+    """The mask (T, S) of what comes after each of the T queries, which stand at `places` among the S tokens."""
+    index = torch.arange(S, device=device)
+    return index > index[places][:, None]
 
 
 def attend(q, k, v, scale, dropout=0.0, places=slice(None)):
-    """Causal softmax attention: q (B, H, T, w), at places of S; k and v (B, G, S, w) -> (B, H, T, w).
+    """Causal softmax attention: q (B, H, T, w); k and v (B, G, S, w) -> (B, H, T, w).
 
-    places is a slice that ends at S, or a tensor (T,) of places anywhere in S.
-
-    Heads that share keys (G < H) are folded into the query axis, so that each key is read once for all of them."""
+    places: where the T queries stand among the S tokens, slice(S - T, S); or, in a compiled decoder, a tensor of one
+    place, with nothing in the cache behind it yet. Dropout is for training, where T = S."""
     (B, H, T, w), (G, S) = q.shape, k.shape[1:3]
-    if T == S and q.device.type == "cpu" and T <= 1024 and torch.is_grad_enabled():
-        # Training on a CPU: as matrix products, for the fused kernel's backward pass takes longer than they do.
+    placed = torch.is_tensor(places)
+    if T == S and not placed and q.device.type == "cpu" and T <= 1024 and torch.is_grad_enabled():
+        # Training on a CPU: plain products, for they take less time than the fused kernel's backward pass.
         q, k, v = q.unflatten(1, (G, -1)) * scale, k.unsqueeze(2), v.unsqueeze(2)  # (B, G, H/G or 1, T, w)
         scores = q @ k.mT
         scores = scores + torch.full((T, T), -math.inf, dtype=scores.dtype).triu(1)
         return (F.dropout(scores.softmax(-1).to(v.dtype), dropout) @ v).flatten(1, 2)
-    placed = torch.is_tensor(places)
     if T == S and not placed:  # training, or a whole prompt: fused kernels know this mask by themselves
         options = dict(dropout_p=dropout, is_causal=T > 1, scale=scale, enable_gqa=G < H)
         return F.scaled_dot_product_attention(q, k, v, **options)
-    mask = ~unseen(S, places, q.device).repeat(H // G, 1) if T > 1 or placed else None
+    # Heads that share keys become more queries of one head, so that each key is read once for all of them.
+    mask = ~future(S, places, q.device).repeat(H // G, 1) if T > 1 or placed else None
     q = q.reshape(B, G, H // G * T, w)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).reshape(B, H, T, w)
 
 
+class KVCache:
+    """What every layer keeps of up to max_len tokens of batch_size sequences. Made by GPT.init_cache."""
+
+    def __init__(self, config, batch_size, max_len, absorb, dtype, device, rope):
+        shape = (config.n_layer, batch_size, config.kv_heads, max_len, config.cache_width)
+        self.rows = torch.zeros(shape, dtype=dtype, device=device)
+        self.rope = rope  # of all max_len positions
+        self.absorb = absorb
+        self.pos = 0  # tokens held
+
+    @property
+    def max_len(self):
+        return self.rows.size(3)
+
+    @property
+    def nbytes(self):
+        """Bytes allocated."""
+        return self.rows.nbytes
+
+    def reset(self):
+        """Forget all tokens; the memory stays."""
+        self.pos = 0
+
+    @torch.no_grad()
+    def append(self, layer, kept, places):
+        """Store what T tokens left behind, at places. Return all that is stored so far (all places, if `places` is a
+        tensor), twice: in parts as it came, and as rows (B, kv_heads, S, cache_width) of these parts side by side."""
+        widths = [part.size(-1) for part in kept]
+        for part, columns in zip(kept, self.rows[layer].split(widths, dim=-1), strict=True):
+            columns[:, :, places] = part.to(columns.dtype)
+        rows = self.rows[layer] if torch.is_tensor(places) else self.rows[layer, :, :, : places.stop]
+        rows = rows.to(kept[0].dtype)  # a view, unless the cache is of another precision
+        return rows.split(widths, dim=-1), rows
+
+
 class Attention(nn.Module):
-    """All seven variants. A token leaves something behind (`keep`), which later ones turn into keys and values
-    (`expand`), or attend to as it is (`absorbed`). Training and decoding go the same way, with or without a cache."""
+    """All seven variants. A token asks (`queries`) and leaves something behind (`keep`), which later ones turn into
+    keys and values (`expand`), or, in a cache, attend to as it is (`absorbed`, `half_absorbed`). See `forward`."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -198,11 +243,10 @@ class Attention(nn.Module):
     def keep(self, x, rope):
         """What tokens x (B, T, d) leave behind: a list of (B, kv_heads, T, width), side by side a row of the cache.
 
-        MHA and GQA: v | k. MLA: c_v | c_k, or one c if joint; mla_decoupled: and k^R behind."""
+        MHA and GQA: v | k. MLA: c_v | c_k, or one c if joint; mla_decoupled: and k^R behind. (Why v first: see
+        absorbed.)"""
         attn = self.config.attn
-        if attn == "mha":
-            return [self.heads(self.w_v(x)), self.heads(self.w_k(x))]
-        if attn in ("mha_rope", "gqa"):
+        if not attn.startswith("mla"):
             return [self.heads(self.w_v(x)), rotate(self.heads(self.w_k(x)), rope)]
         if attn == "mla_prerope":
             c_k = self.w_dk(rotate(self.heads(self.w_k(x)), rope).transpose(1, 2).flatten(2))
@@ -215,10 +259,8 @@ class Attention(nn.Module):
 
     def queries(self, x, rope):
         """(B, H, T, h); mla_decoupled appends its rotary part, R wide."""
-        attn, q = self.config.attn, self.heads(self.w_q(x))
-        if attn in ("mha", "mla"):
-            return q
-        if attn == "mla_decoupled":
+        q = self.heads(self.w_q(x))
+        if self.config.attn == "mla_decoupled":
             q_r = self.w_qr(x).unflatten(-1, (-1, self.config.rope_dim)).transpose(1, 2)
             return torch.cat((q, rotate(q_r, rope)), dim=-1)
         return rotate(q, rope)
@@ -239,36 +281,35 @@ class Attention(nn.Module):
         return k, v
 
     def absorbed(self, q, rows, scale, places):
-        """Attention on the latents themselves: q.(c W_UK) = (q W_UK^T).c, and sum p_s (c_s W_UV) = (sum p_s c_s) W_UV.
+        """Attention on the latents themselves, by q.(c W_UK) = (q W_UK^T).c.
 
-        q (B, H, T, h [+ R]); rows (B, 1, S, cache_width) = [c_v | c_k | k^R], or [c | k^R] if joint -> (B, H, T, h).
-        The last r [+ R] columns are the keys. The first as many hold the values, with columns behind them that are
-        cut off after: two views of one cache, equally wide as fused attention wants them, and no copy."""
+        q (B, H, T, h [+ R]); rows (B, 1, S, cache_width) = [c_v | c_k | k^R], or [c | k^R] if joint -> the mean latent
+        that each query sees, (B, H, T, r). Keys are the last r [+ R] columns; values the first as many, c_v and what
+        follows it, of which only c_v is wanted: two views of the cache, equally wide as fused attention wants them."""
         r, h = self.config.latent_dim, self.config.head_dim
-        w_uk, w_uv = self.w_uk.weight.view(-1, h, r), self.w_uv.weight.view(-1, h, r)  # (H, h, r)
-        q = torch.cat((torch.einsum("bhtd,hdr->bhtr", q[..., :h], w_uk), q[..., h:]), dim=-1)  # (B, H, T, r [+ R])
+        q_c = torch.einsum("bHth,Hhr->bHtr", q[..., :h], self.w_uk.weight.view(-1, h, r))
+        q = torch.cat((q_c, q[..., h:]), dim=-1)  # (B, H, T, r [+ R])
         width = q.size(-1)
-        c = attend(q, rows[..., -width:], rows[..., :width], scale, places=places)[..., :r]  # (B, H, T, r)
-        return torch.einsum("bhtr,hdr->bhtd", c, w_uv)
+        return attend(q, rows[..., -width:], rows[..., :width], scale, places=places)[..., :r]
 
     def half_absorbed(self, q, cache, scale, places):
-        """mla_rope: the rotation stands between W_Q and W_UK, so the keys are made, piece by piece; the values not.
+        """The same for mla_rope, which has to make all S keys again from their latents at every step, 256 at a time.
 
-        q (B, H, T, h) -> (B, H, T, h). The last piece is whole too, though its places may be empty yet: shapes that
-        change with every token would take new memory at every token."""
-        r, h = self.config.latent_dim, self.config.head_dim
-        end = cache.max_len if torch.is_tensor(places) else -(-places.stop // 256) * 256
+        q (B, H, T, h) -> (B, H, T, r). S is rounded up to whole pieces, with the empty places masked: tensors whose
+        shape changes with every token would take new memory at every token."""
+        r = self.config.latent_dim
+        end = cache.max_len if torch.is_tensor(places) else math.ceil(places.stop / 256) * 256
         rows = cache.rows[self.layer, :, 0, :end].to(q.dtype)  # (B, S, cache_width)
-        pieces = zip(rows[..., -r:].split(256, dim=1), *(table[:end].split(256) for table in cache.rope), strict=True)
-        scores = [q @ rotate(self.heads(self.w_uk(c_k)), rope).mT for c_k, *rope in pieces]
+        cos, sin = (table[:end].split(256) for table in cache.rope)
+        pieces = zip(rows[..., -r:].split(256, dim=1), cos, sin, strict=True)
+        scores = [q @ rotate(self.heads(self.w_uk(c_k)), (a, b)).mT for c_k, a, b in pieces]
         scores = torch.cat(scores, dim=-1) * scale  # (B, H, T, S)
-        scores = scores.masked_fill(unseen(scores.size(-1), places, q.device), -math.inf)
+        scores = scores.masked_fill(future(scores.size(-1), places, q.device), -math.inf)
         p = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
-        c = (p.flatten(1, 2) @ rows[..., :r]).unflatten(1, p.shape[1:3])  # (B, H, T, r): one latent for all heads
-        return torch.einsum("bhtr,hdr->bhtd", c, self.w_uv.weight.view(-1, h, r))
+        return (p.flatten(1, 2) @ rows[..., :r]).unflatten(1, p.shape[1:3])  # one latent for all heads
 
     def forward(self, x, rope, cache=None, places=slice(None)):
-        """x (B, T, d) -> (B, T, d). rope: rotary() of all S positions, or None; x is at `places` of them."""
+        """x (B, T, d), at `places` of the context -> (B, T, d). rope: rotary() of all positions or more, or None."""
         h, T = self.config.head_dim, x.size(1)
         rope_of_x = rope and [table[places] for table in rope]
         q, kept = self.queries(x, rope_of_x), self.keep(x, rope_of_x)
@@ -276,50 +317,16 @@ class Attention(nn.Module):
         if cache is not None:
             kept, rows = cache.append(self.layer, kept, places)
             rope = rope and [table[: rows.size(2)] for table in rope]
-        # Absorbing saves expanding S latents, pays with queries r wide instead of h: worth it up to about h queries.
+        # Expanding S latents costs S r h per head, and absorbing T S r more in the scores: so it pays while T < h.
         if cache is not None and cache.absorb and T <= h:
             half = self.config.attn == "mla_rope"
-            y = self.half_absorbed(q, cache, scale, places) if half else self.absorbed(q, rows, scale, places)
+            c = self.half_absorbed(q, cache, scale, places) if half else self.absorbed(q, rows, scale, places)
+            # sum_s p_s (c_s W_UV) = (sum_s p_s c_s) W_UV: values are absorbed by expanding what was gathered, once
+            y = torch.einsum("bHtr,Hhr->bHth", c, self.w_uv.weight.unflatten(0, (-1, h)))
         else:
             k, v = self.expand(kept, rope)
             y = attend(q, k, v, scale, self.config.dropout if self.training else 0.0, places)[..., :h]
         return self.w_o(y.transpose(1, 2).flatten(2))
-
-
-class KVCache:
-    """What every layer keeps of up to max_len tokens of batch_size sequences. Made by GPT.init_cache."""
-
-    def __init__(self, config, batch_size, max_len, absorb, dtype, device, rope):
-        shape = (config.n_layer, batch_size, config.kv_heads, max_len, config.cache_width)
-        self.rows = torch.zeros(shape, dtype=dtype, device=device)
-        self.rope = rope  # of all max_len positions
-        self.absorb = absorb
-        self.pos = 0  # tokens held
-
-    @property
-    def max_len(self):
-        return self.rows.size(3)
-
-    @property
-    def nbytes(self):
-        """Bytes allocated."""
-        return self.rows.nbytes
-
-    def reset(self):
-        """Forget all tokens; the memory stays."""
-        self.pos = 0
-
-    @torch.no_grad()
-    def append(self, layer, kept, places):
-        """Write what T tokens left behind, at places: a slice, or a tensor (T,). Return it for all tokens up to the
-        slice's end, or for all places there are, as the list that it came as and as the rows (B, kv_heads, S,
-        cache_width) that the list's tensors are columns of."""
-        widths = [part.size(-1) for part in kept]
-        for part, columns in zip(kept, self.rows[layer].split(widths, dim=-1), strict=True):
-            columns[:, :, places] = part.to(columns.dtype)
-        rows = self.rows[layer] if torch.is_tensor(places) else self.rows[layer, :, :, : places.stop]
-        rows = rows.to(kept[0].dtype)  # a view, unless the cache is of another precision
-        return rows.split(widths, dim=-1), rows
 
 
 class MLP(nn.Module):
@@ -349,8 +356,8 @@ class Block(nn.Module):
 class CrossEntropy(torch.autograd.Function):
     """Mean of -log softmax(logits)[target] in nats over the targets that are not -1: logits (N, V), targets (N).
 
-    The gradient is computed along with the loss, some rows at a time: the only other tensor of the logits' size, and in
-    their precision, while the arithmetic is in float32 at least."""
+    As F.cross_entropy, in less time and memory: the gradient is made along with the loss, 256 rows at a time in float32
+    (or float64), and is the only other tensor of the logits' size, in their precision."""
 
     @staticmethod
     def forward(ctx, logits, targets):
@@ -358,8 +365,8 @@ class CrossEntropy(torch.autograd.Function):
         total = 0.0
         gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
         for i in range(0, len(logits), 256):
-            rows, wanted = slice(i, i + 256), targets[i : i + 256].clamp(min=0)[:, None]
-            asked = (targets[rows] >= 0)[:, None]
+            rows = slice(i, i + 256)
+            asked, wanted = (targets[rows] >= 0)[:, None], targets[rows].clamp(min=0)[:, None]
             log_p = logits[rows].log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
             total = total - (log_p.gather(1, wanted) * asked).sum()
             if gradient is not None:
@@ -393,8 +400,8 @@ class GPT(nn.Module):
         """GPT-2's: normal with deviation 0.02, or 0.02/sqrt(2 n_layer) where a projection adds to the residual stream.
 
         Each entry of a product W_D W_U gets the variance that the full matrix in its place would have, so that latent
-        attention does not start with fainter keys and values than MHA. In mla_prerope the pair for keys follows W_K,
-        and keeps the size of what it is given: variance 1/d."""
+        attention does not start with fainter keys and values than MHA. In mla_prerope the pair for keys follows a full
+        W_K, and is to keep the size of what it is given: entries of variance 1/d."""
         d = self.config.n_embd
         for name, weight in self.named_parameters():
             std = 0.02
@@ -461,7 +468,7 @@ class GPT(nn.Module):
         if self.compiled_step is None:  # one for all caches: each new function would be compiled anew
             mode = "reduce-overhead" if cache.rows.is_cuda else None
             self.compiled_step = torch.compile(GPT.step, fullgraph=True, mode=mode)
-        torch._dynamo.mark_static_address(cache.rows, guard=False)  # CUDA records only writes to memory that stays
+        torch._dynamo.mark_static_address(cache.rows, guard=False)  # a promise: CUDA graphs write to fixed addresses
         places = torch.zeros(1, dtype=torch.long, device=cache.rows.device)
 
         def decode(idx):
@@ -479,8 +486,8 @@ class GPT(nn.Module):
     def init_cache(self, batch_size, max_len=None, absorb=None, dtype=None):
         """An empty KVCache for batch_size sequences of max_len tokens (block_size by default), in dtype (the weights').
 
-        absorb=None absorbs what the variant can: of mla_rope the values. Raises ValueError if absorb=True and it cannot
-        absorb its keys, and if max_len is more than block_size."""
+        absorb=None: as much as the variant can, of mla_rope the values only. True: keys and values, or ValueError.
+        False: expand all latents at every step. Raises ValueError, too, if max_len is more than block_size."""
         attn, weight = self.config.attn, self.tokens.weight
         max_len = self.config.block_size if max_len is None else max_len
         if max_len > self.config.block_size:
@@ -501,14 +508,17 @@ class GPT(nn.Module):
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, absorb=None, generator=None, stop=None):
         """Continue idx (B, T) by sampling: (B, T + max_new_tokens), or fewer if every row has sampled the token `stop`.
 
-        temperature=0 takes the most likely token; top_k samples among the k most likely. generator: a torch.Generator
-        on the model's device. Raises ValueError if idx is empty or the result would not fit into block_size."""
+        temperature=0 takes the most likely token; top_k samples among the k most likely. What follows `stop` in a row
+        means nothing. generator: a torch.Generator on the model's device. Raises ValueError if idx is empty or the
+        result would not fit into block_size."""
         if idx.size(1) == 0:
             raise ValueError("the prompt has no tokens: give at least one")
         if not 0 <= temperature < math.inf:
             raise ValueError(f"temperature={temperature}: must be a number from 0")
-        if top_k is not None and top_k < 1 or max_new_tokens < 0:
-            raise ValueError(f"top_k={top_k}, max_new_tokens={max_new_tokens}: must be at least 1 and 0")
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k={top_k}: must be at least 1")
+        if max_new_tokens < 0:
+            raise ValueError(f"max_new_tokens={max_new_tokens}: must be at least 0")
         length = idx.size(1) + max_new_tokens
         if length > self.config.block_size:
             raise ValueError(
@@ -521,8 +531,8 @@ class GPT(nn.Module):
         stopped = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
         decode = self.decoder(cache)
         for place in range(idx.size(1), length):
-            prompt = place == idx.size(1)
-            logits = (self(idx, cache=cache)[0][:, -1] if prompt else decode(out[:, place - 1 : place])).float()
+            prefill = place == idx.size(1)
+            logits = (self(idx, cache=cache)[0][:, -1] if prefill else decode(out[:, place - 1 : place])).float()
             if temperature < 1e-5:  # the limit, without dividing by next to nothing
                 new = logits.argmax(-1, keepdim=True)
             else:
@@ -531,17 +541,19 @@ class GPT(nn.Module):
                     logits = logits.masked_fill(logits < least, -math.inf)
                 new = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
             out[:, place] = new[:, 0]
-            stopped |= new == stop
-            if stop is not None and stopped.all():
-                out = out[:, : place + 1]
-                break
+            if stop is not None:
+                stopped |= new == stop
+                if stopped.all():
+                    out = out[:, : place + 1]
+                    break
         self.train(training)
         return out
 
     def qk_chains(self, layer, head):
         """The factors whose product is this head's W_Q W_K^T (d, d), in {"content": [...], "rotary": [...]}.
 
-        Two factors for MHA, three for MLA, four for mla_prerope; "rotary" for mla_decoupled alone. RoPE is left out."""
+        Two factors for MHA and GQA, three for MLA, four for mla_prerope; "rotary" for mla_decoupled alone. RoPE is left
+        out."""
         attn, config = self.blocks[layer].attn, self.config
         h = config.head_dim
 
@@ -605,7 +617,7 @@ def load_checkpoint(path, device="cpu"):
             raise ValueError("not all weights are floating-point numbers")
         with torch.device("meta"):  # shapes only: the memory is that of the tensors in the file
             model = GPT(config)
-        # As a plain dict, because PyTorch notes assign=True in its own kind of dict, and later loads from it obey.
+        # As a plain dict: load_state_dict(assign=True) leaves a mark in an OrderedDict, which later loads from it obey.
         model.load_state_dict(dict(weights), assign=True)
     except Exception as error:  # likewise: anything can stand in the file
         reason = " ".join(str(error).split())[:200]
