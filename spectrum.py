@@ -4,7 +4,7 @@ Attention scores a pair of tokens by x M x'^T, with one M = W_Q W_K^T, (d, d), p
 M, and it shows as eigenvalues of M M^T beyond the range that chance explains. That range needs a null law. M is a
 product of matrices, two for MHA and three or four for MLA, and the spectrum of a product of Gaussian matrices is known
 exactly at large size: the null "chain". The literature takes the Marchenko-Pastur law, that of ONE Gaussian matrix (the
-null "mp"), and so calls a tenth to a fifth of a head's eigenvalues outliers before any training.
+null "mp"), and so calls a tenth to a third of a head's eigenvalues outliers before any training.
 
     python spectrum.py out/ckpt.pt         one model: a table, answers in words, spectrum.json, spectrum.png
     python spectrum.py out/a out/b         the learning dynamics of runs, side by side, from their spectrum.jsonl

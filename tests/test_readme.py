@@ -17,7 +17,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_links_lead_to_what_they_name():
-    links = re.findall(r"\[`(\w+)`\]\(([\w./]+)#L(\d+)\)", README)
+    links = re.findall(r"\[`(?:\w+\.)?(\w+)`\]\(([\w./]+)#L(\d+)\)", README)
     assert len(links) >= 10
     for name, path, line in links:
         there = (ROOT / path).read_text(encoding="utf-8").splitlines()[int(line) - 1]
