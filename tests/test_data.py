@@ -57,7 +57,7 @@ def test_a_story_is_the_same_in_another_process():
         ).stdout
         for seed in ("1", "2")
     ]
-    assert told[0] == told[1] and Author(5, 0).text in told[0]
+    assert told[0] == told[1] and " ".join(told[0].split()).startswith(Author(5, 0).text)
 
 
 @given(seed=seeds, data=st.data())

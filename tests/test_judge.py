@@ -278,7 +278,7 @@ def test_questions_ask_for_words_that_were_told(seed):
         # The answer, or a form of it, ends where it was last said.
         before = TOKENIZER.decode(story[: question.place - question.distance]).lower()
         words = TOKENIZER.decode(question.answer).lower().split()
-        assert words[-1] in before or words[0] in before
+        assert words[-1][:4] in before or words[0][:4] in before
 
 
 def test_there_are_questions_at_all_distances():

@@ -621,7 +621,9 @@ def test_qk_chains_are_what_attention_scores_with(attn, joint, data):
         m = sum(torch.linalg.multi_dot(chain) for chain in model.qk_chains(0, head).values())
         scores = (x @ m @ x.T / math.sqrt(width)).masked_fill(torch.ones(7, 7).triu(1).bool(), -math.inf)
         mixed.append(scores.softmax(-1) @ v)
-    nowhere = rotary(torch.zeros(7), config.rope_dim or h, config.rope_base)  # position 0 turns nothing
+    nowhere = None  # position 0 turns nothing
+    if attn not in ("mha", "mla"):
+        nowhere = rotary(torch.zeros(7), config.rope_dim or h, config.rope_base)
     with torch.no_grad():
         close(model.blocks[0].attn(x[None], nowhere)[0], torch.cat(mixed, 1) @ w["w_o"])
 
