@@ -22,18 +22,12 @@ from functools import cache, cached_property
 import numpy as np
 
 from data.prepare import END, load_tokenizer
-from data.stories import EVENTS, FIRST_LETTERS, LISTS, NAMES, PLACES, PRONOUNS
+from data.stories import EVENTS, FIRST_LETTERS, LISTS, NAMES, PRONOUNS
 
-KINDS = {"hero": "person", "friend": "person", "thing": "thing", "fragile": "thing", "home": "home"}
+NAMED = {"hero": "person", "friend": "person", "thing": "thing", "fragile": "thing", "home": "home"}  # as in NAMES
 CHANGING = ("friend", "thing", "spot", "part", "colour", "fun", "food")  # the others stay who or what they are
-INTRODUCE = {
-    "hero": (),
-    "friend": ("full",),
-    "thing": ("a", "full"),
-    "fragile": ("a", "full"),
-    "baby": ("a",),
-    "tool": ("a",),
-}
+# The fields that a role is introduced by; the roles that are not here, by all.
+INTRODUCE = dict(hero=(), friend=("full",), thing=("a", "full"), fragile=("a", "full"), baby=("a",), tool=("a",))
 SENTENCE_END = re.compile(r'(?<=[.!?]) (?=["A-Z])|(?<=[.!?]") (?=["A-Z])')
 CHILD = {name: child for child in ("girl", "boy") for name in LISTS[child]}
 
@@ -50,14 +44,13 @@ def words_in(text):
 
 def capital(before, text):
     """text with the capitals that a writer gives it behind `before`."""
-    tail = before[-4:]
+    tail = before[-4:]  # as far as FIRST_LETTERS looks back
     return FIRST_LETTERS.sub(lambda m: m[1] + m[2].upper(), tail + text)[len(tail) :]
 
 
 def words_of(role):
-    if role in ("spot", "helper", "fun"):
-        return [word for place in PLACES for word in LISTS[f"{role} {place.at}"]]
-    return PLACES if role == "place" else LISTS[role]
+    """All words of a role, of every place."""
+    return LISTS.get(role) or [word for place in LISTS["place"] for word in LISTS[f"{role} {place.at}"]]
 
 
 def pieces_of(slot, form):
@@ -65,23 +58,22 @@ def pieces_of(slot, form):
 
     The piece "" says who or what it is; the others are what is said of it."""
     role = role_of(slot)
-    kind = KINDS.get(role)
+    what = NAMED.get(role)
     if form in PRONOUNS["boy"]:
         options = defaultdict(set)
         for child, forms in PRONOUNS.items():
             options[forms[form]].add(child)
         return "{child}", {"child": options}
-    if kind == "home":
-        both = {f"{home} {where}": f"{home} {where}" for home in LISTS["home"] for where in LISTS["where"]}
-        return NAMES[kind][form].replace("{home} {where}", "{}"), {"": both, "article": None}
-    if kind == "person":
-        kinds = {word: word for word in (*LISTS["kind"], "boy", "girl")}
-        return NAMES[kind].get(form, "{kind}").replace("name", ""), {"": {n: n for n in CHILD}, "kind": kinds}
-    if kind == "thing":
-        lists = {"": LISTS[role], "colour": LISTS["colour"], "quality": LISTS["quality"]}
-        pieces = {piece: {word: str(word) for word in words} for piece, words in lists.items()}
-        return NAMES[kind].get(form, "{colour}").replace("noun", ""), pieces | {"article": None}
-    return "{}", {"": {getattr(word, form) if form else str(word): str(word) for word in words_of(role)}}
+    if what is None:
+        return "{}", {"": {getattr(word, form) if form else str(word): str(word) for word in words_of(role)}}
+    if what == "home":
+        words = {"": [f"{home} {where}" for home in LISTS["home"] for where in LISTS["where"]]}
+    elif what == "person":
+        words = {"": CHILD, "kind": (*LISTS["kind"], *PRONOUNS)}
+    else:
+        words = {"": LISTS[role], "colour": LISTS["colour"], "quality": LISTS["quality"]}
+    pieces = {piece: {str(option): str(option) for option in options} for piece, options in words.items()}
+    return NAMES[what][form].replace(NAMES[what][""], "{}"), pieces
 
 
 @dataclass
@@ -121,7 +113,7 @@ def slot_pattern(slot, form, anew, first, mentions):
     def group(match):
         piece = match[1]
         if piece == "article":
-            return "an(?= [aeiou])|a(?= [^aeiou])".join(("(?:", ")"))
+            return "(?:an(?= [aeiou])|a(?= [^aeiou]))"
         values = pieces[piece]
         if first and match.start() == 0:
             values = {word[0].upper() + word[1:]: value for word, value in values.items()}
@@ -130,7 +122,7 @@ def slot_pattern(slot, form, anew, first, mentions):
         return f"(?P<{name}>{'|'.join(map(re.escape, values))})"
 
     text = re.sub(r"\{(\w*)\}", group, text)
-    if form == "full" and KINDS[role_of(slot)] == "person":  # "Tom the fox", or Tom alone, who is a boy
+    if form == "full" and NAMED[role_of(slot)] == "person":  # "Tom the fox", or Tom alone, who is a boy
         text = text.replace(" the ", "(?: the ") + ")?"
     mentions.append(mention)
     return text
@@ -157,7 +149,8 @@ def sentences_of(parts):
         if type(part) is not str:
             sentences[-1].append(part)
             continue
-        named = type(after) is tuple and KINDS.get(role_of(after[0])) == "person" and not after[1]
+        # Whether a quotation ends its sentence shows in the letter behind it: split as if it stood there.
+        named = type(after) is tuple and NAMED.get(role_of(after[0])) == "person" and not after[1]
         next_letter = "A" if named else capital(part, "a") if after else ""
         *ended, last = SENTENCE_END.split(part + next_letter)
         for text in ended:
@@ -167,29 +160,9 @@ def sentences_of(parts):
     return [[part for part in sentence if part] for sentence in sentences]
 
 
-def alternation(branches):
-    """{key: sequence of regular expressions} -> one that finds which key matches, and the keys by number of its group.
-
-    Beginnings that are the same are tried once."""
-    root, keys = {}, []
-    for key, atoms in branches:
-        node = root
-        for atom in atoms:
-            node = node.setdefault(atom, {})
-        node.setdefault(None, []).append(key)
-
-    def regex(node):
-        out = [atom + regex(child) for atom, child in node.items() if atom is not None]
-        if None in node:
-            keys.append(node[None])
-            out.append("(?= |$)()")
-        return out[0] if len(out) == 1 else f"(?:{'|'.join(out)})"
-
-    return re.compile(regex(root)), keys
-
-
-def atoms_of(parts, before="\n"):
+def atoms_of(parts):
     """A sequence of regular expressions without groups, cut where tellings may begin to differ."""
+    before = "\n"
     for part in parts:
         if type(part) is str:
             yield from map(re.escape, re.findall(r"\S+ ?| ", capital(before, part)))
@@ -199,18 +172,37 @@ def atoms_of(parts, before="\n"):
             before += "x"
 
 
+def alternation(every):
+    """Tellings -> one regular expression for all, and [the tellings that match, ...] by the group that ends the match.
+
+    Beginnings that are the same are tried once."""
+    root, alike = {}, []
+    for telling in every:
+        node = root
+        for atom in atoms_of(telling.parts):
+            node = node.setdefault(atom, {})
+        node.setdefault(None, []).append(telling)
+
+    def regex(node):
+        out = [atom + regex(child) for atom, child in node.items() if atom is not None]
+        if None in node:
+            alike.append(node[None])
+            out.append("(?= |$)()")
+        return out[0] if len(out) == 1 else f"(?:{'|'.join(out)})"
+
+    return re.compile(regex(root)), alike
+
+
 @cache
 def tellings():
-    """All tellings in one regular expression, and [telling, ...] by the number of the group that ends it."""
-    every = [(event, facts, parts) for event, (facts, told) in EVENTS.items() for parts in told]
-    return alternation((Telling(event, facts, parts), [*atoms_of(parts)]) for event, facts, parts in every)
+    return alternation(Telling(event, facts, parts) for event, (facts, told) in EVENTS.items() for parts in told)
 
 
 @cache
 def sentences():
-    """Likewise of every sentence of a telling, as one that tells no event."""
+    """Every sentence of a telling, as one that tells no event."""
     every = (sentence for _, told in EVENTS.values() for parts in told for sentence in sentences_of(parts))
-    return alternation((Telling(None, [], sentence), [*atoms_of(sentence)]) for sentence in every)
+    return alternation(Telling(None, [], sentence) for sentence in every)
 
 
 # Reading --------------------------------------------------------------------------------------------------------------
@@ -235,7 +227,6 @@ class Passage:
     """A telling, with its event and who and what is in it; or a sentence that stands alone, or does not parse."""
 
     text: str
-    start: int
     parsed: bool
     event: str | None = None
     cast: dict = field(default_factory=dict)  # {slot: who or what}
@@ -252,7 +243,7 @@ class Reader:
         self.state = {}  # {(subject, relation): (object, passage)}
         self.said = {}  # {(role, who or what, what is said of it): where in the text}
         self.unread = set()  # words of what did not parse
-        self.passages = []
+        self.passages = []  # the last of these, and its number, are self.passage and self.now
         place = 0
         while place < len(self.text):
             place = self.read(place) + 1
@@ -265,7 +256,7 @@ class Reader:
                 return match.end()
         match = SENTENCE_END.search(self.text, start)
         end = match.start() if match else len(self.text)
-        self.passages.append(Passage(self.text[start:end], start, False))
+        self.passages.append(Passage(self.text[start:end], False))
         self.lose(self.text[start:end])
         return end
 
@@ -279,15 +270,16 @@ class Reader:
         """May something that was not understood have told of them? (Of "feed the ducks" as "fed the ducks", too.)"""
         return any(words_in(word.partition(" ")[2] or word) <= self.unread for word in words)
 
-    def check(self, says, agrees, told=None, asked=None, said=None):
-        self.passage.statements.append(Statement(says, agrees, told, asked, said))
+    def check(self, *statement):
+        self.passage.statements.append(Statement(*statement))
 
     def last_said(self, slot, piece):
         return self.said.get((role_of(slot), self.cast.get(slot), piece))
 
     def tell(self, alike, start, end):
         """Take in a telling."""
-        for telling in alike:  # the same words may tell of something new, or again of something known
+        # The same words may tell of something new, or again of something known. If none fits, it is the last.
+        for telling in alike:
             regex, mentions = telling.regex_and_mentions
             match = regex.match(self.text, start)
             found = [(mention, filled) for mention in mentions if (filled := self.filled(mention, match))]
@@ -298,9 +290,8 @@ class Reader:
             ):
                 break
         self.now = len(self.passages)
-        self.passage = Passage(self.text[start:end], start, True, telling.event)
+        self.passage = Passage(self.text[start:end], True, telling.event)
         self.passages.append(self.passage)
-        here = self.passage.cast
         first, last = {}, {}  # {(slot, piece): (start, end, options)} of mentions in this passage
         for mention, filled in found:
             for piece in filled.keys() - {"child"}:
@@ -308,12 +299,12 @@ class Reader:
                 last[mention.slot, piece] = *match.span(name), options
                 first.setdefault((mention.slot, piece), last[mention.slot, piece])
             if "" in filled:
-                self.who(mention, filled, here)
+                self.who(mention, filled)
         asked = {value for _, _, value, mode in telling.facts if mode == "?"}
         for mention, filled in found:
             for piece in filled.keys() - {""}:
                 place = first[mention.slot, piece] if f"{mention.slot}.{piece}" in asked else None
-                self.what(mention.slot, piece, filled[piece], here, place)
+                self.what(mention.slot, piece, filled[piece], place)
         for fact in telling.facts:
             self.recall_or_set(*fact, first)
         for (slot, piece), (_, stop, _) in last.items():
@@ -326,9 +317,9 @@ class Reader:
         found = {piece: (match[name], values) for piece, (name, values) in mention.pieces.items()}
         return {piece: values[text] for piece, (text, values) in found.items() if text is not None}
 
-    def what(self, slot, piece, value, here, asked):
+    def what(self, slot, piece, value, asked):
         """Something is said of somebody or something: has it been so, if it was said before?"""
-        known = self.known[role_of(slot)]
+        known, here = self.known[role_of(slot)], self.passage.cast
         who = here.get(slot) or self.cast.get(slot)
         if who is None:
             if not self.unread:
@@ -349,9 +340,10 @@ class Reader:
             said = self.last_said(slot, piece) if asked else None
             self.check(f"{who}: {piece} {value}", old == value, told, asked, said)
 
-    def who(self, mention, filled, here):
+    def who(self, mention, filled):
         """Somebody or something is mentioned by name: is it known, is it the one it must be?"""
-        who, slot, role, known = filled[""], mention.slot, role_of(mention.slot), self.known[role_of(mention.slot)]
+        who, slot, role, here = filled[""], mention.slot, role_of(mention.slot), self.passage.cast
+        known = self.known[role]
         before = here.get(slot) or (None if role in CHANGING or mention.anew else self.cast.get(slot))
         here[slot] = who
         if before not in (None, who):
@@ -365,19 +357,16 @@ class Reader:
             self.check(f"{who} was not in the story", False)
         elif role in ("spot", "helper", "fun") and self.cast.get("place"):
             place = self.cast["place"]
-            at = next(word.at for word in PLACES if word == place)
+            at = next(word.at for word in LISTS["place"] if word == place)
             self.check(f"{who}: {at}", who in LISTS[f"{role} {at}"], self.known["place"][place]["since"][1])
         elif role == "friend" and who == self.cast.get("hero"):
             self.check(f"{who} is two children", False)
-        self.introduce(role, who)
-        if "kind" in mention.pieces and "kind" not in filled:  # Tom, not "Tom the fox"
-            known[who].setdefault("kind", (CHILD[who], self.now))
-        self.cast[slot] = who
-
-    def introduce(self, role, who):
-        facts = self.known[role].setdefault(who, {"since": (None, self.now)})
+        facts = known.setdefault(who, {"since": (None, self.now)})
         if role in ("hero", "friend"):
             facts.setdefault("child", (CHILD[who], self.now))
+        if "kind" in mention.pieces and "kind" not in filled:  # Tom, not "Tom the fox"
+            facts.setdefault("kind", (CHILD[who], self.now))
+        self.cast[slot] = who
 
     def recall_or_set(self, slot, relation, value, mode, first):
         """As Author does; what is recalled is compared instead."""
@@ -451,8 +440,8 @@ def questions(stories, tokenizer):
     for tokens in stories:
         text, begins = tokenizer.decode_with_offsets(tokens)
         reader, found = Reader(text), []
-        statements = [s for passage in reader.passages for s in passage.statements if reader.text == text]
-        for statement in statements:
+        passages = reader.passages if reader.text == text else ()  # else its places are not those of the tokens
+        for statement in (statement for passage in passages for statement in passage.statements):
             if not statement.agrees or statement.asked is None or statement.said is None:
                 continue
             start, end, options = statement.asked
@@ -468,11 +457,11 @@ def questions(stories, tokenizer):
         yield found
 
 
-def hashes(tokens, n=8):
-    """A number for each n tokens in a row."""
-    factors = np.random.default_rng(0).integers(2**63, size=n, dtype=np.uint64) | np.uint64(1)
-    count = max(0, len(tokens) - n + 1)
-    return sum((tokens[i : count + i].astype(np.uint64) * factors[i] for i in range(n)), np.zeros(count, np.uint64))
+def hashes(tokens):
+    """A number for each 8 tokens in a row."""
+    factors = np.random.default_rng(0).integers(2**63, size=8, dtype=np.uint64) | np.uint64(1)
+    count = max(0, len(tokens) - 7)
+    return sum((tokens[i : count + i].astype(np.uint64) * factors[i] for i in range(8)), np.zeros(count, np.uint64))
 
 
 def fresh(stories, train, end):
@@ -485,7 +474,7 @@ def fresh(stories, train, end):
     may_be[every >> np.uint64(40)] = True
     found, where, begun = [], [], 0  # which of `every`, and in which story of train
     for start in range(0, len(train), 2**22):
-        tokens = np.asarray(train[start : start + 2**22 + 7])
+        tokens = np.asarray(train[start : start + 2**22 + 7])  # 8-grams that begin in this piece
         numbers = hashes(tokens)
         hits = np.flatnonzero(may_be[numbers >> np.uint64(40)])
         places = np.searchsorted(every, numbers[hits]).clip(max=len(every) - 1)

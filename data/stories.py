@@ -19,6 +19,7 @@ import random
 import re
 import sys
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 WORLD = re.sub(r"\n +", " ", (Path(__file__).parent / "world.txt").read_text(encoding="utf-8"))  # indented lines go on
@@ -72,21 +73,24 @@ LISTS = {
     name: [entry(item) for item in re.split(r", +", items)]
     for name, items in re.findall(r"^@(.+?) = (.*)", WORLD, re.M)
 }
-PLACES = [Word("the " + at.split(" the ")[1], at=at) for at in (name[5:] for name in LISTS if name.startswith("spot "))]
+LISTS["place"] = [  # "spot in the park" makes "the park" a place, at which one is "in the park"
+    Word("the " + name.split(" the ")[1], at=name.removeprefix("spot ")) for name in LISTS if name.startswith("spot ")
+]
 EVENTS = {}
 for name, facts, body in re.findall(r"^== (\w+):(.*)\n((?:[^=#\n].*\n)+)", WORLD, re.M):
-    facts = [(*fact.rstrip("?!").split(), fact[-1]) for fact in re.split(r", ", facts.strip()) if fact]
+    facts = [(*fact.rstrip("?!").split(), fact[-1]) for fact in facts.split(",") if fact.strip()]
     EVENTS[name] = facts, [parse(line) for line in body.splitlines()]
 
 
 # How somebody or something is called, besides by the first of these words: by role and field, of words from the lists.
 NAMES = {
-    "person": {"": "{name}", "full": "{name} the {kind}"},
+    "person": {"": "{name}", "full": "{name} the {kind}", "kind": "{kind}"},
     "thing": {
         "": "{noun}",
         "full": "{quality} {colour} {noun}",
         "a": "{article} {quality} {colour} {noun}",
         "the": "the {colour} {noun}",
+        "colour": "{colour}",
     },
     "home": {"": "{home} {where}", "a": "{article} {home} {where}", "the": "the {home} {where}"},
 }
@@ -157,18 +161,15 @@ class Author:
         if role in ("hero", "friend"):
             child = self.choose(("boy", "girl"))
             name, kind = self.pick(LISTS[child]), self.pick(LISTS["kind"]) if self.coin() else child
-            word = named("person", name=name, kind=kind) if kind != child else Word(name, full=name)
-            word.__dict__.update(PRONOUNS[child], kind=kind)
+            word = named("person", name=name, kind=kind) if kind != child else Word(name, full=name, kind=kind)
+            word.__dict__.update(PRONOUNS[child])
         elif role in ("thing", "fragile"):
             quality, colour, noun = self.choose(LISTS["quality"]), self.pick(LISTS["colour"]), self.pick(LISTS[role])
             word = named("thing", quality=quality, colour=colour, noun=noun)
-            word.colour = colour
         elif role == "home":
             word = named("home", home=self.choose(LISTS["home"]), where=self.choose(LISTS["where"]))
-        elif role in ("spot", "helper", "fun"):
-            word = self.pick(LISTS[f"{role} {self.cast['place'].at}"])
-        else:
-            word = self.pick(PLACES if role == "place" else LISTS[role])
+        else:  # every place has spots, helpers, and fun of its own
+            word = self.pick(LISTS[role if role in LISTS else f"{role} {self.cast['place'].at}"])
         self.cast[slot] = word
 
     def render(self, parts, drawn):
@@ -210,7 +211,9 @@ class Author:
         self.play("trait|hobby?")
         plot = self.choose(tuple(PLOTS))
         self.play(PLOTS[plot])
-        recollections = [{"event": "go_home"}, *self.recollections()] if plot != "promise" else self.recollections()
+        recollections = self.recollections()
+        if plot != "promise":  # which is kept at home
+            recollections.insert(0, {"event": "go_home"})
         if recollections and self.coin():
             self.say(**self.choose(recollections))
         self.say(f"moral_{plot}")
@@ -245,8 +248,8 @@ class Author:
     # Steps that repeat an event with a changing cast.
 
     def others(self, event, times, *slots):
-        """Tell an event several times, with new ones in these slots -> the casts."""
-        casts = []
+        """Tell an event several times, with new ones in these slots -> the cast of before, and the new ones."""
+        casts = [{slot: self.cast[slot] for slot in slots}]
         for _ in range(times):
             for slot in slots:
                 del self.cast[slot]
@@ -259,8 +262,7 @@ class Author:
         return casts.pop(casts.index(self.choose(casts)))
 
     def guests(self):
-        first = {slot: self.cast[slot] for slot in ("friend", "thing")}
-        self.gifts = [first, *self.others("guest", self.choose((2, 3)), "friend", "thing")]
+        self.gifts = self.others("guest", self.choose((2, 3)), "friend", "thing")
 
     def quizzes(self):
         for event in (self.choose(("quiz", "quiz_colour")), self.choose(("quiz", "quiz_colour")), "thank"):
@@ -271,19 +273,18 @@ class Author:
         friend, thing, thing2 = (self.cast[slot] for slot in ("friend", "thing", "thing2"))
         self.appear("friend")
         self.say("next_friend")
-        self.appear("thing3")
-        thing3 = self.cast["thing3"]
-        self.say("swap", thing=thing2, thing2=thing3)
         friend2 = self.cast["friend"]
+        self.appear("thing2")
+        self.say("swap", thing=thing2)
         self.play("pastime?")
         self.say("regret", friend=friend, thing=thing)
-        self.say("swap_back", thing2=thing3)
+        self.say("swap_back")
         if self.coin():
             self.say("count_swaps", friend2=friend2, thing3=thing2)
 
     def hide_and_seek(self):
         self.say("hider")
-        hidden = [{slot: self.cast[slot] for slot in ("friend", "spot")}, *self.others("hider", 2, "friend", "spot")]
+        hidden = self.others("hider", 2, "friend", "spot")
         self.play("ready not_seek?")
         found = []
         for _ in range(2):
@@ -301,8 +302,7 @@ class Author:
 
     def paint_and_repaint(self):
         self.say("paint")
-        painted = [{slot: self.cast[slot] for slot in ("part", "colour")}]
-        painted += self.others("paint", self.choose((1, 2)), "part", "colour")
+        painted = self.others("paint", self.choose((1, 2)), "part", "colour")
         self.play("pastime? rain")
         while painted:
             self.say("repaint", **self.take_one(painted))
@@ -317,7 +317,7 @@ def learn_bpe(counts, size):
     while len(ranks) < size:
         pairs = Counter()
         for word, count in words:
-            for pair in zip(word, word[1:], strict=False):
+            for pair in pairwise(word):
                 pairs[pair] += count
         if not pairs:
             break
@@ -325,7 +325,7 @@ def learn_bpe(counts, size):
         ranks[a + b] = len(ranks)
         for word, _ in words:
             for i in range(len(word) - 2, -1, -1):
-                if i + 1 < len(word) and word[i] == a and word[i + 1] == b:
+                if word[i : i + 2] == [a, b]:
                     word[i : i + 2] = [a + b]
     return ranks
 
@@ -348,9 +348,11 @@ def main():
         "--data", type=Path, default=DATA / "stories", help="what they must not be copied from (%(default)s)"
     )
     args = parser.parse_args()
-    if args.command == "vocabulary" and not 256 <= args.size < 65535:
-        raise ValueError(f"--size={args.size}: must be from 256, the bytes, to 65534")
-    if args.command == "judge":
+    if args.command == "tell":
+        for index in range(args.count):
+            story = Author(args.seed, index)
+            print(f"{wrap(story.text)}\n({story.nats:.1f} nats)\n")
+    elif args.command == "judge":
         from data.judge import report
 
         try:
@@ -359,11 +361,9 @@ def main():
             raise ValueError(f"{args.file}: cannot be read as text: {error}") from error
         for line in report(text, load_data(args.data), args.explain):
             print(line)
-    elif args.command == "tell":
-        for index in range(args.count):
-            story = Author(args.seed, index)
-            print(f"{wrap(story.text)}\n({story.nats:.1f} nats)\n")
     else:
+        if not 256 <= args.size < 65535:
+            raise ValueError(f"--size={args.size}: must be from 256, the bytes, to 65534")
         text = "\n".join(Author("vocabulary", index).text for index in range(20_000))
         ranks = learn_bpe(Counter(re.findall(PATTERN, text)), args.size)
         lines = (f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items())
