@@ -67,7 +67,7 @@ class GPTConfig:
     dropout: float = 0.0
 
     def __post_init__(self):
-        def check(ok, field, may_be):
+        def check(ok, field, may_be):  # below, type() and not isinstance(): True is no number
             if not ok:
                 raise ValueError(f"{field}={getattr(self, field)!r}: must be {may_be}")
 
@@ -155,18 +155,17 @@ def attend(q, k, v, scale, dropout=0.0, places=slice(None)):
     places: where the T queries stand among the S tokens, slice(S - T, S); or, in a compiled decoder, a tensor of one
     place, with nothing in the cache behind it yet. Dropout is for training, where T = S."""
     (B, H, T, w), (G, S) = q.shape, k.shape[1:3]
-    placed = torch.is_tensor(places)
-    if T == S and not placed and q.device.type == "cpu" and T <= 1024 and torch.is_grad_enabled():
-        # Training on a CPU: plain products, for they take less time than the fused kernel's backward pass.
+    if T == S <= 1024 and q.device.type == "cpu" and torch.is_grad_enabled():
+        # Training on a CPU: plain products take less time than the fused kernel's backward pass, but T x T numbers.
         q, k, v = q.unflatten(1, (G, -1)) * scale, k.unsqueeze(2), v.unsqueeze(2)  # (B, G, H/G or 1, T, w)
         scores = q @ k.mT
         scores = scores + torch.full((T, T), -math.inf, dtype=scores.dtype).triu(1)
         return (F.dropout(scores.softmax(-1).to(v.dtype), dropout) @ v).flatten(1, 2)
-    if T == S and not placed:  # training, or a whole prompt: fused kernels know this mask by themselves
+    if T == S:  # training, or a whole prompt: fused kernels know this mask by themselves
         options = dict(dropout_p=dropout, is_causal=T > 1, scale=scale, enable_gqa=G < H)
         return F.scaled_dot_product_attention(q, k, v, **options)
     # Heads that share keys become more queries of one head, so that each key is read once for all of them.
-    mask = ~future(S, places, q.device).repeat(H // G, 1) if T > 1 or placed else None
+    mask = ~future(S, places, q.device).repeat(H // G, 1) if T > 1 or torch.is_tensor(places) else None
     q = q.reshape(B, G, H // G * T, w)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).reshape(B, H, T, w)
 
@@ -178,32 +177,22 @@ class KVCache:
         shape = (config.n_layer, batch_size, config.kv_heads, max_len, config.cache_width)
         self.rows = torch.zeros(shape, dtype=dtype, device=device)
         self.rope = rope  # of all max_len positions
-        self.absorb = absorb
+        self.absorb, self.max_len = absorb, max_len
+        self.nbytes = self.rows.nbytes  # allocated
         self.pos = 0  # tokens held
-
-    @property
-    def max_len(self):
-        return self.rows.size(3)
-
-    @property
-    def nbytes(self):
-        """Bytes allocated."""
-        return self.rows.nbytes
 
     def reset(self):
         """Forget all tokens; the memory stays."""
         self.pos = 0
 
     @torch.no_grad()
-    def append(self, layer, kept, places):
-        """Store what T tokens left behind, at places. Return all that is stored so far (all places, if `places` is a
-        tensor), twice: in parts as it came, and as rows (B, kv_heads, S, cache_width) of these parts side by side."""
-        widths = [part.size(-1) for part in kept]
-        for part, columns in zip(kept, self.rows[layer].split(widths, dim=-1), strict=True):
-            columns[:, :, places] = part.to(columns.dtype)
-        rows = self.rows[layer] if torch.is_tensor(places) else self.rows[layer, :, :, : places.stop]
-        rows = rows.to(kept[0].dtype)  # a view, unless the cache is of another precision
-        return rows.split(widths, dim=-1), rows
+    def append(self, layer, new, places):
+        """Store the rows of T new tokens, (B, kv_heads, T, cache_width), at places. Return all rows up to there, S of
+        them; for a compiled decoder, whose `places` is a tensor, those of the whole cache."""
+        rows = self.rows[layer]
+        rows[:, :, places] = new.to(rows.dtype)
+        rows = rows if torch.is_tensor(places) else rows[:, :, : places.stop]
+        return rows.to(new.dtype)  # a view, unless the cache is of another precision
 
 
 class Attention(nn.Module):
@@ -243,8 +232,8 @@ class Attention(nn.Module):
     def keep(self, x, rope):
         """What tokens x (B, T, d) leave behind: a list of (B, kv_heads, T, width), side by side a row of the cache.
 
-        MHA and GQA: v | k. MLA: c_v | c_k, or one c if joint; mla_decoupled: and k^R behind. (Why v first: see
-        absorbed.)"""
+        MHA and GQA: [v | k]. MLA: [c_v | c_k], or [c] if joint; mla_decoupled: and k^R behind. Why v comes first:
+        see absorbed."""
         attn = self.config.attn
         if not attn.startswith("mla"):
             return [self.heads(self.w_v(x)), rotate(self.heads(self.w_k(x)), rope)]
@@ -283,9 +272,9 @@ class Attention(nn.Module):
     def absorbed(self, q, rows, scale, places):
         """Attention on the latents themselves, by q.(c W_UK) = (q W_UK^T).c.
 
-        q (B, H, T, h [+ R]); rows (B, 1, S, cache_width) = [c_v | c_k | k^R], or [c | k^R] if joint -> the mean latent
-        that each query sees, (B, H, T, r). Keys are the last r [+ R] columns; values the first as many, c_v and what
-        follows it, of which only c_v is wanted: two views of the cache, equally wide as fused attention wants them."""
+        q (B, H, T, h [+ R]); rows (B, 1, S, cache_width) -> the mean latent each query sees, (B, H, T, r). Keys are
+        the last r [+ R] columns; values the first as many, c_v and what follows it, of which only c_v is wanted: two
+        views of the cache, equally wide as fused attention wants them."""
         r, h = self.config.latent_dim, self.config.head_dim
         q_c = torch.einsum("bHth,Hhr->bHtr", q[..., :h], self.w_uk.weight.view(-1, h, r))
         q = torch.cat((q_c, q[..., h:]), dim=-1)  # (B, H, T, r [+ R])
@@ -309,14 +298,14 @@ class Attention(nn.Module):
         return (p.flatten(1, 2) @ rows[..., :r]).unflatten(1, p.shape[1:3])  # one latent for all heads
 
     def forward(self, x, rope, cache=None, places=slice(None)):
-        """x (B, T, d), at `places` of the context -> (B, T, d). rope: rotary() of all positions or more, or None."""
+        """x (B, T, d), at `places` of the context -> (B, T, d). rope: rotary() of these places, or None."""
         h, T = self.config.head_dim, x.size(1)
-        rope_of_x = rope and [table[places] for table in rope]
-        q, kept = self.queries(x, rope_of_x), self.keep(x, rope_of_x)
+        q, kept = self.queries(x, rope), self.keep(x, rope)
         scale = q.size(-1) ** -0.5  # 1/sqrt(h), or 1/sqrt(h + R): absorbing does not change the scores
         if cache is not None:
-            kept, rows = cache.append(self.layer, kept, places)
-            rope = rope and [table[: rows.size(2)] for table in rope]
+            rows = cache.append(self.layer, torch.cat(kept, dim=-1), places)
+            kept = rows.split([part.size(-1) for part in kept], dim=-1)
+            rope = cache.rope and [table[: rows.size(2)] for table in cache.rope]  # now of all S tokens
         # Expanding S latents costs S r h per head, and absorbing T S r more in the scores: so it pays while T < h.
         if cache is not None and cache.absorb and T <= h:
             half = self.config.attn == "mla_rope"
@@ -348,7 +337,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, rope, cache=None, places=slice(None)):
+    def forward(self, x, rope, cache, places):
         x = x + self.dropout(self.attn(self.norm_1(x), rope, cache, places))
         return x + self.dropout(self.mlp(self.norm_2(x)))
 
@@ -365,14 +354,14 @@ class CrossEntropy(torch.autograd.Function):
         total = 0.0
         gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
         for i in range(0, len(logits), 256):
-            rows = slice(i, i + 256)
-            asked, wanted = (targets[rows] >= 0)[:, None], targets[rows].clamp(min=0)[:, None]
-            log_p = logits[rows].log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+            part = slice(i, i + 256)
+            asked, wanted = (targets[part] >= 0)[:, None], targets[part].clamp(min=0)[:, None]
+            log_p = logits[part].log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
             total = total - (log_p.gather(1, wanted) * asked).sum()
             if gradient is not None:
                 p = log_p.exp_()
                 p.scatter_add_(1, wanted, -torch.ones_like(wanted, dtype=p.dtype))
-                gradient[rows] = p.mul_(asked / count)
+                gradient[part] = p.mul_(asked / count)
         ctx.save_for_backward(gradient)
         return total / count
 
@@ -429,18 +418,18 @@ class GPT(nn.Module):
         With targets (B, T), -1 where none is asked for: logits (B, T, V) and the mean cross-entropy in nats per token.
         Without: logits (B, 1, V) of the last position, and None. With a cache, idx continues the tokens that it holds.
         Raises ValueError if the tokens overrun the context or the cache."""
-        if targets is not None and cache is not None:
+        if targets is not None and cache:
             raise ValueError("give targets or a cache, not both: a cache is for decoding")
         if cache and cache.rows.size(1) != idx.size(0):
             raise ValueError(f"{idx.size(0)} sequences do not fit a cache for {cache.rows.size(1)}")
         T, start = idx.size(1), cache.pos if cache else 0
         if T == 0:
             raise ValueError("no tokens: idx must hold at least one")
-        limit, place = (cache.max_len, "a cache") if cache else (self.config.block_size, "a context")
+        limit, what = (cache.max_len, "a cache") if cache else (self.config.block_size, "a context")
         if start + T > limit:
-            raise ValueError(f"{start + T} tokens do not fit into {place} of {limit}")
+            raise ValueError(f"{start + T} tokens do not fit into {what} of {limit}")
         x = self.hidden(idx, cache, slice(start, start + T))
-        if cache is not None:
+        if cache:
             cache.pos += T
         if targets is None:
             return F.linear(x[:, -1:], self.tokens.weight), None
@@ -452,36 +441,11 @@ class GPT(nn.Module):
         x = self.tokens(idx)
         if self.config.attn not in ROTARY:
             x = x + self.positions.weight[places]
-        rope = self.rope(idx.size(1)) if cache is None else cache.rope
+        rope = self.rope(idx.size(1)) if cache is None else cache.rope and [table[places] for table in cache.rope]
         x = self.dropout(x)
         for block in self.blocks:
             x = block(x, rope, cache, places)
         return self.norm(x)
-
-    def decoder(self, cache, compiled=None):
-        """A function that takes the next token of each sequence, (B, 1), to logits (B, V), and grows the cache by it.
-
-        compiled (by default on CUDA): the whole step as one graph without Python in between. For its shapes to stay the
-        same, it attends to all places of the cache, with the empty ones masked."""
-        if not (cache.rows.is_cuda if compiled is None else compiled):
-            return lambda idx: self(idx, cache=cache)[0][:, -1]
-        if self.compiled_step is None:  # one for all caches: each new function would be compiled anew
-            mode = "reduce-overhead" if cache.rows.is_cuda else None
-            self.compiled_step = torch.compile(GPT.step, fullgraph=True, mode=mode)
-        torch._dynamo.mark_static_address(cache.rows, guard=False)  # a promise: CUDA graphs write to fixed addresses
-        places = torch.zeros(1, dtype=torch.long, device=cache.rows.device)
-
-        def decode(idx):
-            if cache.pos == cache.max_len:
-                raise ValueError(f"{cache.pos + 1} tokens do not fit into a cache of {cache.max_len}")
-            places.fill_(cache.pos)
-            cache.pos += 1
-            return self.compiled_step(self, idx, cache, places).clone()
-
-        return decode
-
-    def step(self, idx, cache, places):
-        return F.linear(self.hidden(idx, cache, places)[:, -1], self.tokens.weight)
 
     def init_cache(self, batch_size, max_len=None, absorb=None, dtype=None):
         """An empty KVCache for batch_size sequences of max_len tokens (block_size by default), in dtype (the weights').
@@ -496,7 +460,7 @@ class GPT(nn.Module):
             raise ValueError("absorb=True: mla_rope rotates its keys between W_UK and W_Q, so these two do not merge")
         if absorb and attn not in ABSORBS:
             raise ValueError(f"absorb=True: {attn} has no latent to absorb into; these have: " + ", ".join(ABSORBS))
-        absorb = attn in (*ABSORBS, "mla_rope") if absorb is None else absorb
+        absorb = attn.startswith("mla") if absorb is None else absorb
         rope = self.rope(max_len)
         return KVCache(self.config, batch_size, max_len, absorb, dtype or weight.dtype, weight.device, rope)
 
@@ -529,10 +493,9 @@ class GPT(nn.Module):
         self.eval()
         out = F.pad(idx, (0, max_new_tokens))
         stopped = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
-        decode = self.decoder(cache)
+        decode, new = self.decoder(cache), idx
         for place in range(idx.size(1), length):
-            prefill = place == idx.size(1)
-            logits = (self(idx, cache=cache)[0][:, -1] if prefill else decode(out[:, place - 1 : place])).float()
+            logits = decode(new).float()
             if temperature < 1e-5:  # the limit, without dividing by next to nothing
                 new = logits.argmax(-1, keepdim=True)
             else:
@@ -540,7 +503,7 @@ class GPT(nn.Module):
                     least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
                     logits = logits.masked_fill(logits < least, -math.inf)
                 new = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
-            out[:, place] = new[:, 0]
+            out[:, place : place + 1] = new
             if stop is not None:
                 stopped |= new == stop
                 if stopped.all():
@@ -548,6 +511,35 @@ class GPT(nn.Module):
                     break
         self.train(training)
         return out
+
+    def decoder(self, cache, compiled=None):
+        """A function that takes the next tokens, (B, T), to the logits after them, (B, V), and grows the cache by them.
+
+        compiled (by default on CUDA): a step of one token as one graph without Python in between. For its shapes to
+        stay the same, it attends to all places of the cache, with the empty ones masked."""
+
+        def uncompiled(idx):
+            return self(idx, cache=cache)[0][:, -1]
+
+        if not (cache.rows.is_cuda if compiled is None else compiled):
+            return uncompiled
+        if self.compiled_step is None:  # one for all caches: each new function would be compiled anew
+            mode = "reduce-overhead" if cache.rows.is_cuda else None
+            self.compiled_step = torch.compile(GPT.step, fullgraph=True, mode=mode)
+        torch._dynamo.mark_static_address(cache.rows, guard=False)  # a promise: CUDA graphs write to fixed addresses
+        places = torch.zeros(1, dtype=torch.long, device=cache.rows.device)
+
+        def decode(idx):
+            if idx.size(1) > 1 or cache.pos == cache.max_len:  # a prompt; or one token too many, which forward refuses
+                return uncompiled(idx)
+            places.fill_(cache.pos)
+            cache.pos += 1
+            return self.compiled_step(self, idx, cache, places).clone()
+
+        return decode
+
+    def step(self, idx, cache, places):
+        return F.linear(self.hidden(idx, cache, places)[:, -1], self.tokens.weight)
 
     def qk_chains(self, layer, head):
         """The factors whose product is this head's W_Q W_K^T (d, d), in {"content": [...], "rotary": [...]}.
@@ -570,6 +562,8 @@ class GPT(nn.Module):
             return {"content": content}
         return {"content": content, "rotary": [of_head(attn.w_qr, head, config.rope_dim), attn.w_kr.weight.detach()]}
 
+
+# Checkpoints and the command line -------------------------------------------------------------------------------------
 
 FORMAT = "nanoMLA checkpoint 1"
 
@@ -608,9 +602,8 @@ def load_checkpoint(path, device="cpu"):
     try:
         config, weights = GPTConfig(**checkpoint["config"]), checkpoint["model"]
         # A small file must not ask for a large model, by its configuration or by tensors that repeat their numbers.
-        layers = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
-        if len(layers) != config.n_layer:
-            raise ValueError(f"n_layer={config.n_layer}, but weights of {len(layers)} layers")
+        if config.n_layer > len(weights):
+            raise ValueError(f"n_layer={config.n_layer}, but only {len(weights)} weights")
         if sum(w.nbytes for w in weights.values()) > os.path.getsize(path):
             raise ValueError("the weights are larger than the file")
         if not all(w.is_floating_point() for w in weights.values()):
@@ -627,19 +620,19 @@ def load_checkpoint(path, device="cpu"):
 
 def tell(model, tokenizer, prompt, tokens=None, temperature=0.8, top_k=None, seed=0):
     """One story that begins with prompt, sampled until it ends, or the context is full, or it has `tokens` new ones."""
-    words = tokenizer.encode_ordinary(prompt)
-    if not words:
+    tokens_of_prompt = tokenizer.encode_ordinary(prompt)
+    if not tokens_of_prompt:
         raise ValueError("the prompt has no tokens: give at least one word")
     # A story follows the end of another one, as in the training data.
-    idx = torch.tensor([[tokenizer.eot_token, *words]], device=model.tokens.weight.device)
+    idx = torch.tensor([[tokenizer.eot_token, *tokens_of_prompt]], device=model.tokens.weight.device)
     room = model.config.block_size - idx.size(1)
     if room < 1:
-        raise ValueError(f"a prompt of {len(words)} tokens fills the context of {model.config.block_size}: shorten it")
+        most = model.config.block_size
+        raise ValueError(f"a prompt of {len(tokens_of_prompt)} tokens fills the context of {most}: shorten it")
     generator = torch.Generator(idx.device).manual_seed(seed)
     new = room if tokens is None else min(tokens, room)
     out = model.generate(idx, new, temperature, top_k, generator=generator, stop=tokenizer.eot_token)
-    story = out[0, 1:].tolist()
-    return tokenizer.decode(story[: story.index(tokenizer.eot_token)] if tokenizer.eot_token in story else story)
+    return tokenizer.decode([token for token in out[0, 1:].tolist() if token != tokenizer.eot_token])
 
 
 def main():
