@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import get_args
 
 import numpy as np
 import torch
@@ -48,7 +48,9 @@ def option(default, help, choices=None):
 
 @dataclass
 class Options:
-    """How to train. Raises ValueError that names the option, what it got, and what it may be."""
+    """How to train. What is None is chosen by what else is known, so that afterwards nothing is.
+
+    Raises ValueError that names the option, what it got, and what it may be."""
 
     size: str = option(None, "shape of the model, and a budget that suits it (tiny on a CPU, 30m on a GPU)", SIZES)
     data: str = option("stories", "folder that data/prepare.py made: its name in data/, or a path")
@@ -71,7 +73,8 @@ class Options:
     def __post_init__(self):
         for f in fields(self):  # a checkpoint can hold anything
             value, choices = getattr(self, f.name), f.metadata["choices"]
-            right = type(value) is f.type or (type(value), f.type) == (int, float) or value is None is f.default
+            chosen_below = value is None is f.default
+            right = type(value) is f.type or (type(value), f.type) == (int, float) or chosen_below
             if not right or value is not None and choices and value not in choices:
                 raise ValueError(f"--{f.name}={value!r}: must be " + (", ".join(choices or ()) or f.type.__name__))
         self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -114,8 +117,7 @@ def parse_arguments(arguments=None):
         for f in fields(source):
             if f.name == "vocab_size":  # the data's
                 continue
-            kind = get_type_hints(source)[f.name]
-            kind = (get_args(kind) or (kind,))[0]
+            kind = (get_args(f.type) or (f.type,))[0]  # of `float | None`, float
             choices = ATTN if f.name == "attn" else f.metadata.get("choices")
             text = MODEL_HELP[f.name] if source is GPTConfig else f.metadata["help"]
             if "(" not in text and f.default is not False:
@@ -125,52 +127,53 @@ def parse_arguments(arguments=None):
     return vars(parser.parse_args(arguments))
 
 
+def load_last(path):
+    """The checkpoint last.pt, from which a run can go on. ValueError if it is not there, or not whole."""
+    if not path.exists():
+        raise ValueError(f"--resume: there is no {path}; start the run without --resume")
+    last = load_checkpoint(path)[1]
+    if "optimizer" not in last:
+        raise ValueError(f"--resume: {path} holds a model, but not the state of a run")
+    try:
+        Options(**last["options"])
+        names = [{f.name for f in fields(part)} for part in (Options, GPTConfig)]
+        plain = all(type(value) in (str, int, float, type(None)) for value in last["meta"].values())
+        if [last["options"].keys(), last["config"].keys()] != names or not plain:
+            raise ValueError("options, config or meta are not whole")
+    except Exception as error:  # anything can stand in the file
+        raise ValueError(f"--resume: {path} is damaged: {error!r}"[:300]) from error
+    return last
+
+
 def resolve(given):
-    """Flags -> Options, the model's fields (a dict for GPTConfig), and the checkpoint to resume from, or None."""
-    shape = {f.name for f in fields(GPTConfig)}
-    last = None
-    if given.get("resume"):
-        path = Path(given.get("out", "out")) / "last.pt"
-        if not path.exists():
-            raise ValueError(f"--resume: there is no {path}; start the run without --resume")
-        last = load_checkpoint(path)[1]
-        if "optimizer" not in last:
-            raise ValueError(f"--resume: {path} holds a model, but not the state of a run")
-        changeable = ("resume", "out", "device", "compile")
-        try:
-            Options(**last["options"])
-            names = [{f.name for f in fields(part)} for part in (Options, GPTConfig)]
-            plain = all(type(value) in (str, int, float, type(None)) for value in last["meta"].values())
-            if [last["options"].keys(), last["config"].keys()] != names or not plain:
-                raise ValueError("options, config or meta are not whole")
-            saved = {k: v for k, v in (last["options"] | last["config"]).items() if k not in ("resume", "out")}
-        except Exception as error:  # anything can stand in the file
-            raise ValueError(f"--resume: {path} is damaged: {error!r}"[:300]) from error
+    """Flags -> Options, GPTConfig (its vocab_size is the data's to say), and the checkpoint to resume, or None."""
+    last = load_last(Path(given.get("out", "out")) / "last.pt") if given.get("resume") else None
+    if last:
+        saved = {k: v for k, v in (last["options"] | last["config"]).items() if k not in ("resume", "out")}
         for name, value in given.items():
-            if name not in changeable and value != saved[name]:
+            if name not in ("resume", "out", "device", "compile") and value != saved[name]:
                 raise ValueError(f"--resume: the run has --{name}={saved[name]}, not {value}; leave that flag out")
         if "device" in given:  # another machine, perhaps, where it may not pay
             saved["compile"] = None
         given = saved | given
+    shape = {f.name for f in fields(GPTConfig)}
     options = Options(**{k: v for k, v in given.items() if k not in shape})
-    return options, {k: v for k, v in (SIZES[options.size] | given).items() if k in shape}, last
+    return options, GPTConfig(**{k: v for k, v in (SIZES[options.size] | given).items() if k in shape}), last
 
 
-def join_processes(options):
-    """Under torchrun: meet the other processes. -> rank, how many there are, and the device of this one."""
-    world, device = int(os.environ.get("WORLD_SIZE", 1)), options.device
-    if options.batch_size % world:
-        raise ValueError(
-            f"--batch_size={options.batch_size}: must be a multiple of the {world} processes that share it"
-        )
-    if world > 1 and device == "cuda":
+def join_processes(batch_size, device):
+    """Under torchrun: meet the other processes. -> the number of this one, how many there are, and its device."""
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if batch_size % processes:
+        raise ValueError(f"--batch_size={batch_size}: must be a multiple of the {processes} processes that share it")
+    if processes > 1 and device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     check_device(device)
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
-    if world > 1:
+    if processes > 1:
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    return int(os.environ.get("RANK", 0)), world, device
+    return int(os.environ.get("RANK", 0)), processes, device
 
 
 def together(work, device, stop=()):
@@ -183,28 +186,25 @@ def together(work, device, stop=()):
             work()
     except Exception as error:
         failure = error
-    failed, asked = failure is not None, bool(stop)
+    news = torch.tensor([float(failure is not None), float(bool(stop))], device=device)
     if dist.is_initialized():
-        news = torch.tensor([float(failed), float(asked)], device=device)
         try:
             dist.all_reduce(news)
         except RuntimeError as gone:
-            if failure:
-                raise failure from gone
-            raise
-        failed, asked = news.bool().tolist()
+            failure = failure or gone
     if failure:
         raise failure
+    failed, asked = news.bool().tolist()
     if failed:
         raise OSError("another process failed, see its message")
     return asked
 
 
-def open_data(name, rank, device):
+def open_data(name, leader, device):
     """-> meta, train tokens, val tokens. The default data is made if it is not there."""
     folder = DATA / name if (DATA / name / "meta.json").exists() or name == "stories" else Path(name)
-    missing = name == "stories" and rank == 0 and not folder.exists()
-    together(prepare if missing else None, device)
+    missing = name == "stories" and not folder.exists()
+    together(prepare if leader and missing else None, device)
     return load_data(folder)
 
 
@@ -282,7 +282,7 @@ def cell(value, width, style=""):
     return ("-" if value is None else format(value, style)).rjust(width)
 
 
-def prepare_folder(out, resumed_at):
+def clear_folder(out, resumed_at):
     """Make the folder of a new run, and move an older run's files into out/previous-1, -2, ... Shorten the log of a
     resumed run: if it was killed, it may have logged more than it saved, the last line only in part."""
     out.mkdir(parents=True, exist_ok=True)
@@ -292,46 +292,44 @@ def prepare_folder(out, resumed_at):
         previous.mkdir()
         for file in files:
             os.replace(file, previous / file.name)
-    for log in files if resumed_at is not None else ():
-        if log.suffix == ".jsonl":
-            try:
-                lines = log.read_text().splitlines(keepends=True)
-                kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= resumed_at]
-            except (ValueError, LookupError, TypeError, RecursionError) as error:
-                raise ValueError(
-                    f"--resume: {log} is damaged; move it away, and a new one begins: {error!r}"
-                ) from error
-            log.with_suffix(".tmp").write_text("".join(kept))
-            os.replace(log.with_suffix(".tmp"), log)
+        return
+    for log in (file for file in files if file.suffix == ".jsonl"):
+        try:
+            lines = log.read_text().splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= resumed_at]
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
+            raise ValueError(f"--resume: {log} is damaged; move it away, and a new one begins: {error!r}") from error
+        log.with_suffix(".tmp").write_text("".join(kept))
+        os.replace(log.with_suffix(".tmp"), log)
 
 
 class Run:
     """One training run: set up, or taken up again, by its flags."""
 
     def __init__(self, given):
-        self.options, shape, last = resolve(given)
-        options = self.options
-        GPTConfig(**shape)  # what is wrong with it shall be said before any data is made
-        self.rank, self.world, self.device = join_processes(options)
-        self.meta, self.train_tokens, self.val_tokens = open_data(options.data, self.rank, self.device)
+        self.options, self.config, last = resolve(given)  # what is wrong with them is said before any data is made
+        options, block_size = self.options, self.config.block_size
+        if block_size < 16:
+            raise ValueError(f"--block_size={block_size}: must be at least 16, to hold the beginning of a story")
+        self.out = Path(options.out)
+        if self.out.exists() and not self.out.is_dir():
+            raise ValueError(f"--out={options.out}: is a file; name a folder")
+        self.process, self.processes, self.device = join_processes(options.batch_size, options.device)
+        self.leader = self.process == 0  # it alone reports and writes
+
+        self.meta, self.train_tokens, self.val_tokens = open_data(options.data, self.leader, self.device)
         self.tokenizer = load_tokenizer(self.meta["tokenizer"])
-        end, stories = self.tokenizer.eot_token, [self.meta[f"{split}_stories"] for split in ("train", "val")]
-        ends = [int(np.count_nonzero(tokens == end)) - 1 for tokens in (self.train_tokens, self.val_tokens)]
-        if ends != stories or self.tokenizer.n_vocab != self.meta["vocab_size"]:
+        self.config.vocab_size = self.tokenizer.n_vocab
+        if self.config.vocab_size != self.meta["vocab_size"]:
             raise ValueError(
                 f"--data={options.data}: tokens and meta.json do not fit together; make it with data/prepare.py"
             )
         self.facts = {key: value for key, value in self.meta.items() if key != "val_nats"}
         if last and last["meta"] != self.facts:
             raise ValueError(f"--resume: --data={options.data} is not what the run was trained on")
-        self.config = GPTConfig(**shape | {"vocab_size": self.meta["vocab_size"]})
-        block_size = self.config.block_size
-        if block_size < 16:
-            raise ValueError(f"--block_size={block_size}: must be at least 16, to hold the beginning of a story")
-        if len(self.train_tokens) <= block_size:
-            raise ValueError(
-                f"--block_size={block_size}: there are only {len(self.train_tokens) - 1} tokens to train on"
-            )
+        if (there := len(self.train_tokens) - 1) < block_size:
+            raise ValueError(f"--block_size={block_size}: there are only {there} tokens to train on")
+        end = self.tokenizer.eot_token
         self.starts, _ = story_rows(self.train_tokens, end, block_size)
         self.val_rows = story_rows(self.val_tokens, end, block_size)
         self.story_ends = np.flatnonzero(self.val_tokens == end)
@@ -340,7 +338,8 @@ class Run:
         torch.manual_seed(options.seed)
         torch.set_float32_matmul_precision("high")  # TF32 on GPUs
         self.model = GPT(self.config).to(self.device)
-        matrices, gains = ([p for p in self.model.parameters() if (p.dim() == 2) == flat] for flat in (True, False))
+        matrices = [p for p in self.model.parameters() if p.dim() == 2]
+        gains = [p for p in self.model.parameters() if p.dim() != 2]
         groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": gains, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
         self.first, self.best = 0, math.inf
@@ -350,16 +349,12 @@ class Run:
         if last:
             try:
                 self.restore(last)
-            except Exception as error:  # likewise
+            except Exception as error:  # anything can stand in the file
                 raise ValueError(f"--resume: {options.out}/last.pt is damaged: {error!r}"[:300]) from error
         net = torch.compile(self.model) if options.compile else self.model
-        self.net = DistributedDataParallel(net) if self.world > 1 else net
-        self.autocast = nullcontext()
-        if options.dtype == "bfloat16":
-            self.autocast = torch.autocast(torch.device(self.device).type, torch.bfloat16)
-        self.out = Path(options.out)
-        if self.out.exists() and not self.out.is_dir():
-            raise ValueError(f"--out={options.out}: is a file; name a folder")
+        self.net = DistributedDataParallel(net) if self.processes > 1 else net
+        kind = torch.device(self.device).type
+        self.autocast = torch.autocast(kind, torch.bfloat16, enabled=options.dtype == "bfloat16")
 
     def restore(self, last):
         """Take up the state that last.pt holds. Any exception, if it cannot be that of this run."""
@@ -385,23 +380,23 @@ class Run:
     def step(self, step):
         """Forward, backward and update on the batches of this step. FloatingPointError if they are not finite."""
         options = self.options
-        torch.manual_seed(options.seed + step * self.world + self.rank)  # dropout
+        torch.manual_seed(options.seed + step * self.processes + self.process)  # dropout
         chance = np.random.default_rng((options.seed, step))
         rows = chance.integers(len(self.starts), size=(options.grad_accum, options.batch_size))
         total = 0.0
-        for i, chosen in enumerate(rows[:, self.rank :: self.world]):
+        for i, chosen in enumerate(rows[:, self.process :: self.processes]):
             starts, tokens, block_size = self.starts[chosen], self.train_tokens, self.config.block_size
             lengths = np.minimum(block_size, len(tokens) - 1 - starts)  # rows are full: their last story may break off
             idx, targets = batch(tokens, starts, lengths, block_size, self.device)
-            last = i == options.grad_accum - 1
-            with nullcontext() if last or self.world == 1 else self.net.no_sync():  # processes add their gradients once
+            wait = self.processes > 1 and i < options.grad_accum - 1  # processes add their gradients once
+            with self.net.no_sync() if wait else nullcontext():
                 with self.autocast:
                     loss = self.net(idx, targets)[1] / options.grad_accum
                 loss.backward()
             total += loss.detach()
-        if self.world > 1:
+        if self.processes > 1:
             dist.all_reduce(total)
-            total /= self.world
+            total /= self.processes
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), options.grad_clip)
         if not (math.isfinite(total) and math.isfinite(norm)):
             raise FloatingPointError(f"step {step}: loss {total:.4g}, gradient norm {norm:.4g}; {self.rescue()}")
@@ -453,9 +448,10 @@ class Run:
         progress = {"best": self.best, "losses": self.losses, "seconds": self.seconds}
         write(self.out / "last.pt", checkpoint | progress | {"optimizer": self.optimizer.state_dict()})
 
-    def look(self, step, snap, bar):
-        """Every eval_interval, and at the end: evaluate, print a line, log it, save. If asked to, snap the spectrum."""
-        if snap:
+    def report(self, step):
+        """Every eval_interval, and at the end: evaluate, print a line, log it, save. At times, snap the spectrum."""
+        # dense where training begins, for it is there that the spectrum changes most
+        if step in {round(self.options.steps * (i / 20) ** 2) for i in range(21)}:
             with open(self.out / "spectrum.jsonl", "a") as file:
                 file.write(snapshot(self.model, step) + "\n")
         if step % self.options.eval_interval and step != self.options.steps:
@@ -470,8 +466,8 @@ class Run:
             rate = len(self.losses) * self.tokens_per_step / self.seconds
             left = str(timedelta(seconds=round((self.options.steps - step) * self.tokens_per_step / rate)))
             peak = peak_flops(self.device)
-            mfu = peak and rate * flops_per_token(self.model) / (peak * self.world)
-        bar.write(
+            mfu = peak and rate * flops_per_token(self.model) / (peak * self.processes)
+        tqdm.write(
             f"{step:6}{cell(loss, 8, '.4f')}{val_loss:8.4f}{cell(excess, 8, '.4f')}"
             f"{cell(rate, 10, ',.0f')}{cell(mfu, 6, '.0%')}{cell(left, 9)}"
         )
@@ -494,33 +490,28 @@ class Run:
         finally:
             for number, handler in zip(signals, handlers, strict=True):
                 signal.signal(number, handler)
-        leader = self.rank == 0
         if step < self.options.steps:
-            if leader:
+            if self.leader:
                 self.save(step)
-                print(
-                    f"stopped after {step} of {self.options.steps} steps; "
-                    f"go on: python train.py --resume --out={self.out}"
-                )
+                done = f"{step} of {self.options.steps} steps"
+                print(f"stopped after {done}; go on: python train.py --resume --out={self.out}")
             return 130
-        if leader:
+        if self.leader:
             self.finish()
 
     def steps(self, stop):
         """Take steps until all are done, or `stop` holds something in any process -> the number of steps done."""
-        options, leader = self.options, self.rank == 0
-        together(leader and partial(prepare_folder, self.out, self.first if self.resumed else None), self.device)
-        if leader:
+        options = self.options
+        together(self.leader and partial(clear_folder, self.out, self.first if self.resumed else None), self.device)
+        if self.leader:
             size = f"{sum(p.numel() for p in self.model.parameters()):,} parameters"
             print(f"{self.config.attn}, {size}; {self.device}, {options.dtype}; {self.tokens_per_step:,} tokens a step")
             print(f"{'step':>6}{'loss':>8}{'val':>8}{'excess':>8}{'tokens/s':>10}{'MFU':>6}{'left':>9}")
-        # dense where training begins, for it is there that the spectrum changes most
-        snapshots = {round(options.steps * (i / 20) ** 2) for i in range(21)}
-        silent = None if leader else True  # None: tqdm shows its bar on terminals only
+        silent = None if self.leader else True  # None: tqdm shows its bar on terminals only
         bar = tqdm(total=options.steps, initial=self.first, unit=" steps", leave=False, disable=silent)
         for step in range(self.first, options.steps + 1):
-            look = leader and not (self.resumed and step == self.first)  # a resumed run was saved after this
-            stopping = together(look and partial(self.look, step, step in snapshots, bar), self.device, stop)
+            due = self.leader and not (self.resumed and step == self.first)  # a resumed run was saved after this
+            stopping = together(due and partial(self.report, step), self.device, stop)
             if step == options.steps or stopping:
                 break
             begun = time.perf_counter()

@@ -80,10 +80,8 @@ def load_tokenizer(name):
         try:
             lines = VOCABULARY.read_text(encoding="ascii").splitlines()
             ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in map(str.split, lines)}
-            if (
-                sorted(ranks.values()) != list(range(len(lines)))
-                or not {bytes([i]) for i in range(256)} <= ranks.keys()
-            ):
+            bytes_are_there = all(bytes([i]) in ranks for i in range(256))
+            if sorted(ranks.values()) != list(range(len(lines))) or not bytes_are_there:
                 raise ValueError("ranks or bytes are missing")
         except (OSError, ValueError) as error:
             raise ValueError(
@@ -98,16 +96,6 @@ def load_tokenizer(name):
                 "the gpt2 tokenizer could not be downloaded; go online once, or use --tokenizer=stories"
             ) from error
     raise ValueError(f"tokenizer {name!r}: must be stories or gpt2")
-
-
-def write_stories(job):
-    """A job (seed, indices, tokenizer's name) -> the tokens of each story, and its information content in nats."""
-    from data.stories import Author  # here, because it reads the whole world
-
-    seed, indices, tokenizer = job
-    encode = load_tokenizer(tokenizer).encode_ordinary
-    stories = [Author(seed, index) for index in indices]
-    return [encode(story.text) for story in stories], [story.nats for story in stories]
 
 
 def split_documents(text):
@@ -147,16 +135,25 @@ def tokenize(texts, tokenizer):
         yield from ((tokens, None) for tokens in tokenizer.encode_ordinary_batch(texts[start : start + 1000]))
 
 
+def write_stories(job):
+    """A job (seed, indices, tokenizer's name) -> the tokens of each story, and its information content in nats."""
+    from data.stories import Author  # here, because it reads the whole world
+
+    seed, indices, tokenizer = job
+    encode = load_tokenizer(tokenizer).encode_ordinary
+    stories = [Author(seed, index) for index in indices]
+    return [encode(story.text) for story in stories], [story.nats for story in stories]
+
+
 def invent(count, seed, tokenizer):
     """Yield (tokens, nats) of each story of the world, written on all cores."""
     jobs = [(seed, range(start, min(start + 500, count)), tokenizer.name) for start in range(0, count, 500)]
-    # Workers end by SIGTERM, which run() above has given another meaning.
-    default = (signal.SIGTERM, signal.SIG_DFL)
+    default = (signal.SIGTERM, signal.SIG_DFL)  # Pool ends its workers by it, and run() above has changed its meaning
     with Pool(None, signal.signal, default) as pool, tqdm(total=count, unit=" stories", mininterval=1) as bar:
         for tokens, nats in pool.imap(write_stories, jobs):
             bar.update(len(tokens))
             yield from zip(tokens, nats, strict=True)
-        pool.close()  # and without it, where all went well
+        pool.close()  # all is written: the workers end by themselves
         pool.join()
 
 
@@ -245,17 +242,15 @@ def check_meta(meta):
     def is_nats(value):
         return type(value) in (int, float) and 0 <= value < float("inf")
 
-    nats, known = meta["val_nats"], meta["floor"] is not None
+    nats = meta["val_nats"]
     whole = {
         "source": type(meta["source"]) is str,
         "tokenizer": meta["tokenizer"] in ("stories", "gpt2"),
         "vocab_size": is_count(meta["vocab_size"]) and meta["vocab_size"] <= 65535,
-        "floor": meta["floor"] is None or is_nats(meta["floor"]),
-        "val_nats": nats is None
-        or (type(nats) is list and len(nats) == meta["val_stories"] and all(map(is_nats, nats))),
+        "floor": meta["floor"] is None if nats is None else is_nats(meta["floor"]),
+        "val_nats": nats is None or type(nats) is list and len(nats) == meta["val_stories"] and all(map(is_nats, nats)),
     } | {f"{split}_{of}": is_count(meta[f"{split}_{of}"]) for split in ("train", "val") for of in ("tokens", "stories")}
-    wrong = [key for key, right in whole.items() if not right] + ["floor"] * (known != (nats is not None))
-    if wrong:
+    if wrong := [key for key, right in whole.items() if not right]:
         raise ValueError(f"meta.json: {wrong[0]}={str(meta[wrong[0]])[:50]}")
 
 
@@ -269,7 +264,10 @@ def load_data(folder):
         check_meta(meta)
         splits = [np.memmap(folder / f"{split}.bin", dtype=np.uint16, mode="r") for split in ("train", "val")]
         lengths = [meta[f"{split}_tokens"] + 1 for split in ("train", "val")]
-        whole = [len(tokens) for tokens in splits] == lengths and max(map(np.max, splits)) < meta["vocab_size"]
+        end = meta["vocab_size"] - 1  # in both tokenizers the last token
+        ends = [np.count_nonzero(tokens == end) - 1 for tokens in splits]
+        whole = [len(tokens) for tokens in splits] == lengths and max(map(np.max, splits)) == end
+        whole = whole and ends == [meta[f"{split}_stories"] for split in ("train", "val")]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{folder}: not whole ({error}); make it with data/prepare.py") from error
     if not whole:
