@@ -18,7 +18,7 @@ import json
 import math
 import os
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
@@ -27,6 +27,7 @@ import torch
 from scipy.optimize.elementwise import find_root
 from scipy.special import entr
 
+from data.prepare import Parser, run
 from model import GPTConfig, load_checkpoint
 
 NULLS = ("chain", "mp")
@@ -177,39 +178,30 @@ def rotary_strength(config, spectra, level):
     return 2 ** (np.nan_to_num(quarters, posinf=0, neginf=0).clip(-24, 24) / 4)
 
 
-@dataclass
 class LawPerLayer:
-    """Edges and medians (S, L, 1) of a law for each step and layer, as diagnose() takes them."""
+    """The laws each[step][layer] as one, for diagnose(): medians and edges (S, L, 1)."""
 
-    each: list
-
-    def __post_init__(self):
-        self.median, self.upper = (
-            np.array([[getattr(law, name) for law in step] for step in self.each])[..., None]
-            for name in ("median", "upper")
-        )
+    def __init__(self, each):
+        self.each = each
+        self.median = np.array([[law.median for law in step] for step in each])[..., None]
+        self.upper = np.array([[law.upper for law in step] for step in each])[..., None]
 
 
 def laws(config, null, spectra):
     """{circuit: {"heads": law, "layer": law}} for the spectra() (S, L, H, n) of a GPTConfig; null is one of NULLS."""
-    d, r, R = config.n_embd, config.rank and config.latent_dim, config.rope_dim
-    found = {}
-    for circuit, levels in paths(config).items():
+    d, R = config.n_embd, config.rope_dim
+
+    def law(circuit, level, dims):
         if null == "mp":
-            found[circuit] = {level: chain_law((min(dims), d)) for level, dims in levels.items()}
-        elif circuit == "both":
-            found[circuit] = {
-                level: LawPerLayer(
-                    [
-                        [decoupled_law(d, dims[1] - R, r, R, strength) for strength in step]
-                        for step in rotary_strength(config, spectra, level)
-                    ]
-                )
-                for level, dims in levels.items()
-            }
-        else:
-            found[circuit] = {level: chain_law(dims) for level, dims in levels.items()}
-    return found
+            return chain_law((min(dims), d))
+        if circuit != "both":
+            return chain_law(dims)
+        strengths = rotary_strength(config, spectra, level)
+        return LawPerLayer(
+            [[decoupled_law(d, dims[1] - R, config.latent_dim, R, s) for s in step] for step in strengths]
+        )
+
+    return {c: {level: law(c, level, dims) for level, dims in levels.items()} for c, levels in paths(config).items()}
 
 
 # Eigenvalues and diagnostics ------------------------------------------------------------------------------------------
@@ -288,33 +280,26 @@ def both(content, rotary):
     ]
 
 
-def stacked(layers):
-    """[[chain of each head] of each layer] -> factors (L, H, ., .), or (L, 1, ., .) where a layer's heads share one."""
-    factors = []
-    for layers_of_factor in zip(*(zip(*heads, strict=True) for heads in layers), strict=True):
-        shared = all(len({w.data_ptr() for w in heads}) == 1 for heads in layers_of_factor)
-        factors.append(torch.stack([torch.stack(heads[:1] if shared else heads) for heads in layers_of_factor]))
-    return factors
+def stacked(chains):
+    """The chains of heads -> factors (H, ., .), or (1, ., .) where all heads share one."""
+    return [torch.stack(w[:1] if len({part.data_ptr() for part in w}) == 1 else w) for w in zip(*chains, strict=True)]
 
 
 def spectra(model):
     """{circuit: {"heads": (L, H, n), "layer": (L, 1, n)}}: the eigenvalues of each head's W_Q W_K^T, and of each
     layer's, its heads together. NaN where weights are not finite."""
-    L, H = model.config.n_layer, model.config.n_head
-    layers = [[model.qk_chains(layer, head) for head in range(H)] for layer in range(L)]
-    found = {circuit: [[head[circuit] for head in layer] for layer in layers] for circuit in layers[0][0]}
-    found = {
-        circuit: {"heads": heads, "layer": [[whole_layer(head)] for head in heads]} for circuit, heads in found.items()
-    }
-    if "rotary" in found:
-        found["both"] = {
-            level: [both(*pair) for pair in zip(found["content"][level], found["rotary"][level], strict=True)]
-            for level in ("heads", "layer")
-        }
-    return {
-        circuit: {level: eigenvalues(stacked(layers)) for level, layers in levels.items()}
-        for circuit, levels in found.items()
-    }
+    layers = []
+    for layer in range(model.config.n_layer):
+        heads = [model.qk_chains(layer, head) for head in range(model.config.n_head)]
+        chains = {}
+        for circuit in heads[0]:
+            of_heads = [head[circuit] for head in heads]
+            chains[circuit] = {"heads": of_heads, "layer": [whole_layer(of_heads)]}
+        if "rotary" in chains:
+            content, rotary = chains["content"], chains["rotary"]
+            chains["both"] = {level: both(content[level], rotary[level]) for level in content}
+        layers.append({c: {at: eigenvalues(stacked(f)) for at, f in levels.items()} for c, levels in chains.items()})
+    return {c: {at: np.stack([layer[c][at] for layer in layers]) for at in levels} for c, levels in layers[0].items()}
 
 
 # Runs -----------------------------------------------------------------------------------------------------------------
@@ -408,14 +393,15 @@ def print_tables(levels, circuit, null, found):
     """For each head, and for the heads of a layer together."""
     for level, who in (("heads", "each head"), ("layer", "the heads of a layer together")):
         dims = levels[level]
-        shape = " x ".join(map(str, dims)) if circuit != "both" else "simulated"
-        shape = shape if null == "chain" else f"ratio {min(dims)}/{dims[0]}"
+        shape = "simulated" if circuit == "both" else " x ".join(map(str, dims))
+        if null == "mp":
+            shape = f"ratio {min(dims)}/{dims[0]}"
         print(f"\n{circuit}, {who}: {min(dims)} eigenvalues; null {null}: {shape}")
         print(table({name: values[0] for name, values in found[level].items()}))
 
 
-def over_heads(values):
-    """The mean over the heads (the last axis) whose weights are finite; NaN if none is."""
+def known_mean(values):
+    """The mean over the last axis, the heads as a rule, of what is finite; NaN if nothing is."""
     known = np.isfinite(values)
     with np.errstate(invalid="ignore"):
         return np.where(known, values, 0).sum(-1) / known.sum(-1)
@@ -434,7 +420,7 @@ def findings(steps, found):
     from scipy.stats import spearmanr
 
     outliers, energy, rank = (
-        over_heads(found[name]) for name in ("outliers", "outlier_energy", "effective_rank_share")
+        known_mean(found[name]) for name in ("outliers", "outlier_energy", "effective_rank_share")
     )
     spiked = outliers >= SPIKED  # (S, L)
     most = np.nan_to_num(outliers[-1]).argmax()
@@ -450,11 +436,11 @@ def findings(steps, found):
         if len(later):
             lines.append(f"persist  once in a layer, they are there in {later.mean():.0%} of the later snapshots")
     if len(steps) > 1:
-        rank_at = (f"{over_heads(rank[i]):.0%} of full at step {steps[i]}" for i in (0, -1))
+        rank_at = (f"{known_mean(rank[i]):.0%} of full at step {steps[i]}" for i in (0, -1))
         lines.append("rank     effective rank " + ", ".join(rank_at))
     else:  # one model: heads tell what steps cannot
         energy, rank = found["outlier_energy"], found["effective_rank_share"]
-        lines.append(f"rank     effective rank {over_heads(rank.ravel()):.0%} of full")
+        lines.append(f"rank     effective rank {known_mean(rank.ravel()):.0%} of full")
     known = np.isfinite(energy) & np.isfinite(rank)
     if known.sum() < 3 or np.ptp(energy[known]) == 0 or np.ptp(rank[known]) == 0:
         return lines
@@ -467,15 +453,15 @@ def findings(steps, found):
 
 def disagreement(steps, chain, mp):
     """Where the null laws differ on diagnostics (S, L, H) -> lines."""
-    differ = np.mean((over_heads(chain["outliers"]) >= SPIKED) != (over_heads(mp["outliers"]) >= SPIKED))
-    shares = [[over_heads(found["outlier_share"][i].ravel()) for i in range(len(steps))] for found in (mp, chain)]
+    differ = np.mean((known_mean(chain["outliers"]) >= SPIKED) != (known_mean(mp["outliers"]) >= SPIKED))
+    shares = [[known_mean(found["outlier_share"][i].ravel()) for i in range(len(steps))] for found in (mp, chain)]
     return [
         f"at step {steps[i]}, mp calls {shares[0][i]:.1%} of the eigenvalues outliers, chain {shares[1][i]:.1%}"
         for i in sorted({0, len(steps) - 1})
     ] + [f"in {differ:.0%} of all layers and snapshots only one of them sees spikes"]
 
 
-def draw_model(path, config, spectra, title):
+def draw_model(path, config, spectra, diagnosed, title):
     """Histograms of spectra() (1, L, H, n) of a model, and both null laws: a row per layer, a column per circuit."""
     from matplotlib.figure import Figure
 
@@ -485,21 +471,23 @@ def draw_model(path, config, spectra, title):
     axes = figure.subplots(config.n_layer, len(columns), squeeze=False, sharex="col")
     both_laws = [laws(config, null, spectra) for null in NULLS]
     for column, (circuit, level) in enumerate(columns):
-        chain, mp = (found[circuit][level] for found in both_laws)
+        found = {name: values[0] for name, values in diagnosed["chain"][circuit][level].items()}  # (L, H)
+        chain, mp = (of_null[circuit][level] for of_null in both_laws)
         chains = chain.each[0] if circuit == "both" else [chain] * config.n_layer
         with np.errstate(all="ignore"):
-            scaled = spectra[circuit][level][0]
-            scaled = (
-                scaled / np.median(scaled, -1, keepdims=True) * np.reshape([law.median for law in chains], (-1, 1, 1))
-            )
-        seen = scaled[np.isfinite(scaled) & (scaled > 0)]
+            scaled = [
+                law.upper * x / edge
+                for law, x, edge in zip(chains, spectra[circuit][level][0], found["edge"][..., None], strict=True)
+            ]
+        scaled = [x[np.isfinite(x)] for x in scaled]
+        seen = np.concatenate(scaled)
+        seen = seen[seen > 0]
         low, high = (np.quantile(seen, 0.01), seen.max()) if len(seen) else (1, 1)
         bins = np.geomspace(min(0.05, low), max(20, 1.5 * high), 60)
-        for layer, (ax, chain) in enumerate(zip(axes[:, column], chains, strict=True)):
-            values = scaled[layer][np.isfinite(scaled[layer])]
+        for layer, (ax, chain, values) in enumerate(zip(axes[:, column], chains, scaled, strict=True)):
             beyond = values > chain.upper
             weight = 1 / max(1, len(values)) / np.log(bins[1] / bins[0])
-            for part, colour, label in ((~beyond, "#56B4E9", "eigenvalues"), (beyond, "#D55E00", "outliers")):
+            for part, colour, label in ((~beyond, "#DDDDDD", "eigenvalues"), (beyond, "#0072B2", "outliers")):
                 ax.stairs(weight * np.histogram(values[part], bins)[0], bins, fill=True, color=colour, label=label)
             for law, unit, style, label in (
                 (chain, 1, "k-", "product of Gaussians"),
@@ -508,16 +496,15 @@ def draw_model(path, config, spectra, title):
                 x, density = law.log_density()
                 ax.plot(unit * x, density, style, linewidth=1, label=f"{label}, and its edge")
                 ax.axvline(unit * law.upper, linestyle=style[1:], color="k", linewidth=1)
-            count = beyond.sum() * scaled.shape[-1] / max(1, len(values))
-            energy = values[beyond].sum() / max(values.sum(), 1e-300)
+            count, energy = (known_mean(found[name][layer]) for name in ("outliers", "outlier_energy"))
             per_head = " a head" if level == "heads" else ""
             told = (
                 f"{count:.1f} outliers{per_head}, {energy:.0%} of energy" if len(values) else "weights are not finite"
             )
-            ax.set_title(f"layer {layer}: {told}", fontsize=9)
+            ax.set_title(f"layer {layer}: {told}", fontsize=10)
             ax.set(xscale="log", xlim=(bins[0], bins[-1]), yticks=[])
         who = "each head" if level == "heads" else "the heads of a layer together"
-        axes[0, column].set_title(f"{circuit}, {who}\n" + axes[0, column].get_title(), fontsize=9)
+        axes[0, column].set_title(f"{circuit}, {who}\n" + axes[0, column].get_title(), fontsize=10)
         axes[-1, column].set_xlabel("eigenvalue, if the law's mean is 1")
     figure.supylabel("density per unit of log eigenvalue", fontsize=10)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=min(4, len(columns)))
@@ -533,7 +520,7 @@ def draw_dynamics(path, runs, title):
     figure.suptitle(title)
     axes = figure.subplots(len(DIAGNOSTICS), len(runs), squeeze=False, sharex="col")
     for row, (name, (_, _, label)) in zip(axes, DIAGNOSTICS.items(), strict=True):
-        grids = [over_heads(found[name]).T for _, _, found in runs]  # (L, S)
+        grids = [known_mean(found[name]).T for _, _, found in runs]  # (L, S)
         seen = np.concatenate([grid[np.isfinite(grid)] for grid in grids])
         low, high = (seen.min(), seen.max()) if len(seen) else (1, 1)
         norm = LogNorm(low, high) if name == "mp_gap" else Normalize(low, high)
@@ -545,15 +532,13 @@ def draw_dynamics(path, runs, title):
         row[0].set_ylabel("layer")
         figure.colorbar(image, ax=row, label=label)
     for (name, _, found), top, bottom in zip(runs, axes[0], axes[-1], strict=True):
-        spiked = over_heads(found["outliers"][-1]) >= SPIKED
+        spiked = known_mean(found["outliers"][-1]) >= SPIKED
         top.set_title(f"{name}\nat the end, spikes in {layer_list(spiked)}", fontsize=10)
         bottom.set_xlabel("step (one column a snapshot)")
     figure.savefig(path, dpi=120)
 
 
 def main():
-    from data.prepare import Parser
-
     example = "example: python spectrum.py out out/mla_decoupled --null=mp"
     parser = Parser(description=__doc__.split("\n\n")[0], epilog=example)
     parser.add_argument("paths", nargs="+", type=Path, help="a checkpoint; or run folders, to compare their dynamics")
@@ -612,14 +597,14 @@ def main():
         out = out or args.paths[0].parent
         data, figure = out / "spectrum.json", out / "spectrum.png"
         result = result[0] | {"spectra": plain(found)}
-        count, energy = (over_heads(chosen["chain"][name].ravel()) for name in ("outliers", "outlier_energy"))
+        count, energy = (known_mean(chosen["chain"][name].ravel()) for name in ("outliers", "outlier_energy"))
         seen = f"{count:.1f} outliers per head ({circuit}), with {energy:.0%} of the energy"
-        draw_model(figure, config, found, f"Eigenvalues of W_Q W_K^T of {config.attn} at step {steps[0]}\n{seen}")
+        draw_model(
+            figure, config, found, diagnosed, f"Eigenvalues of W_Q W_K^T of {config.attn} at step {steps[0]}\n{seen}"
+        )
     data.write_text(json.dumps(result))
     print(f"wrote {data} and {figure}")
 
 
 if __name__ == "__main__":
-    from data.prepare import run
-
     run(main)
