@@ -30,13 +30,10 @@ from tqdm import tqdm
 
 from data.judge import judge, mean_and_error, questions, split_stories
 from data.prepare import DATA, Parser, load_data, load_tokenizer, run
-from model import ATTN, GPT, ROTARY, SIZES, GPTConfig, check_device, fast_bfloat16, load_checkpoint
+from model import ATTN, GPT, SIZES, GPTConfig, check_device, fast_bfloat16, load_checkpoint
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
-COLOURS = dict(mha="k", mha_rope="#999999", gqa="#E69F00", mla="#56B4E9", mla_rope="#009E73") | {
-    "mla_prerope": "#CC79A7",
-    "mla_decoupled": "#D55E00",
-}
+COLOURS = dict(zip(ATTN, ("k", "#999999", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00"), strict=True))
 
 VARIANTS = (  # attn, rank, joint
     *(("mha", None, False), ("mha_rope", None, False)),
@@ -78,6 +75,7 @@ COLUMNS = {  # key of a row: heading, format, what it is
     "creativity": ("creativ.", "{:.1f}", "likewise"),
     "recall": ("recall", "{:.1%}", "probability of the right word where an unseen story recalls something"),
 }
+GROUP = ("device", "dtype", "batch", "context")  # rows that share these stand in one table
 DISTANCES = (0, 16, 32, 64, 128)  # tokens: where the bins of the recall curve begin
 
 
@@ -114,15 +112,20 @@ def ceilings(device, dtype):
     return bandwidth, 2 * size**3 / seconds(lambda: a @ a, device, 9).min()
 
 
+def in_proc(file, key):
+    """What Linux tells of this machine: the value in the first line of /proc/<file> with this key, or None."""
+    try:
+        lines = (line.partition(":") for line in Path("/proc", file).read_text().splitlines())
+        return next((value.strip() for name, _, value in lines if name.strip() == key), None)
+    except OSError:
+        return None
+
+
 def machine(device):
     """In words."""
     if device.startswith("cuda"):
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
+    name = in_proc("cpuinfo", "model name") or platform.processor() or platform.machine()
     return f"{torch.get_num_threads()} threads on {name}, torch {torch.__version__}"
 
 
@@ -148,31 +151,39 @@ def decode_cost(config, parameters, batch, context, itemsize, absorbed):
     return read, 2 * parameters * batch + L * batch * (context * attend + (context - 1) * expand)
 
 
+def rank_of(row):
+    """A rank in words: 1/2, or 0.3."""
+    return f"1/{round(1 / row['rank'])}" if (1 / row["rank"]).is_integer() else str(row["rank"])
+
+
 def name_of(row):
-    rank = f" 1/{round(1 / row['rank'])}" if row["rank"] and (1 / row["rank"]).is_integer() else f" {row['rank']}"
-    return row["attn"] + (rank if row["rank"] else "") + (" joint" if row["joint"] else "")
+    return row["attn"] + (f" {rank_of(row)}" if row["rank"] else "") + (" joint" if row["joint"] else "")
 
 
-def memory_available():
-    """Bytes that processes can have on this machine; where it does not say, all that it has."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def speed(row):
+    """Decoded tokens/s, the faster of the two ways."""
+    return max(row["expanded"], row.get("absorbed") or 0)
 
 
-def check_memory(config, batch, context, itemsize, device):
+def alike(rows, row, names):
+    """Those of the rows that have the same as this one in the columns of these names."""
+    return [r for r in rows if all(r.get(name) == row.get(name) for name in names)]
+
+
+def check_memory(config, batch, context, dtype, device):
     """Raise ValueError, before anything is allocated, if the weights, made in float32, and the cache will not fit."""
     with torch.device("meta"):
-        weights = sum(p.numel() for p in GPT(config).parameters())
-    cache = config.n_layer * batch * context * config.kv_heads * config.cache_width * itemsize
-    made = 4 * batch * context * (config.n_embd + config.n_head * (config.rope_dim or 0)) * itemsize  # expanding
-    needed = 1.2 * (weights * (4 + itemsize) + cache + made)
+        model = GPT(config)
+    weights = sum(p.numel() for p in model.parameters()) * (4 + dtype.itemsize)
+    cache = batch * context * model.kv_bytes_per_token(dtype)
+    made = 4 * batch * context * (config.n_embd + config.n_head * (config.rope_dim or 0)) * dtype.itemsize  # expanding
+    needed = 1.2 * (weights + cache + made)
     if device.startswith("cuda"):
         free = torch.cuda.mem_get_info(device)[0]
+    elif available := in_proc("meminfo", "MemAvailable"):  # what processes can have, in kB
+        free = int(available.split()[0]) * 1024
     else:
-        free = memory_available()
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > free:
         raise ValueError(
             f"--batch={batch} --context={context}: {config.attn} would need {needed / 1e9:.1f} GB on {device}, where "
@@ -182,8 +193,8 @@ def check_memory(config, batch, context, itemsize, device):
 
 @torch.no_grad()
 def decode(model, batch, context, absorb, device):
-    """Time a step that decodes one token for each sequence with `context` tokens cached: its seconds, repeat by repeat,
-    and the cache's bytes per token."""
+    """Time a step that decodes one token for each sequence with `context` tokens cached: its seconds, and the cache's
+    bytes per token."""
     cache = model.init_cache(batch, context + 1, absorb)
     cache.rows.copy_(torch.randn(cache.rows.shape[-2:]))  # the same in all sequences and layers
     token = torch.zeros(batch, 1, dtype=torch.long, device=device)
@@ -196,7 +207,7 @@ def decode(model, batch, context, absorb, device):
         cache.pos = context
         token.copy_(decode_next(token).argmax(-1, keepdim=True))
 
-    return seconds(step, device), cache.nbytes / (batch * (context + 1))
+    return np.median(seconds(step, device)), cache.nbytes / (batch * (context + 1))
 
 
 def train(config, dtype, device, batch=32, context=128):
@@ -215,30 +226,21 @@ def train(config, dtype, device, batch=32, context=128):
     return batch * context / np.median(seconds(step, device))
 
 
-def measure(model, dtype, batch, context, device, machine):
+def measure(model, dtype, batch, context, device, ceiling):
     """A row of the table: what one model costs at one batch and context."""
     config = model.config
-    parameters = sum(p.numel() for p in model.parameters())
-    if config.attn not in ROTARY:
-        parameters -= model.positions.weight.numel()
+    parameters = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("positions"))
     row = {"attn": config.attn, "rank": config.rank, "joint": config.joint, "parameters": parameters / 1e6}
     row |= {"batch": batch, "context": context, "dtype": str(dtype)[6:], "device": device}
     row |= {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
-    best = None
-    for way in ("expanded", "absorbed"):
-        if way == "absorbed" and not config.attn.startswith("mla"):
-            continue
-        absorb = None if way == "absorbed" else False
-        times, row["kv_bytes"] = decode(model, batch, context, absorb, device)
-        row[way] = batch / np.median(times)
-        if best is None or np.median(times) < np.median(best[0]):
-            best = times, way == "absorbed"
-    times, absorbed = best
-    taken = np.median(times)
+    for way, absorb in (("expanded", False), ("absorbed", None))[: 1 + config.attn.startswith("mla")]:
+        taken, row["kv_bytes"] = decode(model, batch, context, absorb, device)
+        row[way] = batch / taken
+    row["speed"] = speed(row)
+    taken, absorbed = batch / row["speed"], row["speed"] == row.get("absorbed")
     read, flops = decode_cost(config, parameters, batch, context + 1, dtype.itemsize, absorbed)
-    row["speed"] = batch / taken
     row["gb"], row["gflop"] = read / taken / 1e9, flops / taken / 1e9
-    row["roofline"] = max(read / machine["bytes_per_s"], flops / machine["flop_per_s"]) / taken
+    row["roofline"] = max(read / ceiling["bytes_per_s"], flops / ceiling["flop_per_s"]) / taken
     if row["kv_bytes"] != model.kv_bytes_per_token(dtype):
         raise RuntimeError(f"{name_of(row)}: {row['kv_bytes']} bytes per token, not what the formula says")
     return row
@@ -285,7 +287,7 @@ def judged(loaded, count, device):
     """{path: (model, checkpoint)} -> {path: columns of a row}: scores of `count` stories of each, and its recall.
 
     Raises ValueError if one was trained on something else than data/stories."""
-    meta, train, val = data = load_data(DATA / "stories")
+    meta, _, val = data = load_data(DATA / "stories")
     same = ("source", "stories", "seed", "tokenizer", "train_tokens", "val_tokens")
     for path, (_, checkpoint) in loaded.items():
         trained_on = checkpoint.get("meta")
@@ -332,9 +334,10 @@ def seeds_apart(loaded):
 
 
 def learnt(checkpoint):
-    """Its loss, and its excess over the floor: columns of a row. None where it does not say."""
-    loss, floor = (value if type(value := checkpoint.get(name)) is float else None for name in ("val_loss", "floor"))
-    return {"val_loss": loss, "excess": None if None in (loss, floor) else loss - floor}
+    """Its loss, and its excess over the floor: columns of a row, as far as it says."""
+    known = {name: checkpoint[name] for name in ("val_loss", "floor") if type(checkpoint.get(name)) is float}
+    excess = known["val_loss"] - known["floor"] if len(known) == 2 else None
+    return {"val_loss": known.get("val_loss"), "excess": excess}
 
 
 def mean_of(runs):
@@ -362,24 +365,20 @@ def median(rounds):
 def compare(rows):
     """Add the columns that relate rows to mha and to rank 1: to the first such of the same shape, batch, context, dtype
     and device."""
+    same = (*GROUP, "n_layer", "n_head", "n_embd", "vocab_size")
     for row in rows:
-        same = ("batch", "context", "dtype", "device", "n_layer", "n_head", "n_embd", "vocab_size")
-        alike = [r for r in rows if all(r.get(key) == row.get(key) for key in same)]
-        fastest = {id(r): max(r["expanded"], r.get("absorbed") or 0) for r in alike}
-        for r in reversed(alike):  # the first of several has the last word
+        for r in reversed(alike(rows, row, same)):  # the first of several has the last word
             if r["attn"] == "mha":
                 row["cut"] = 1 - row["kv_bytes"] / r["kv_bytes"]
-                row["to_mha"] = fastest[id(row)] / fastest[id(r)]
+                row["to_mha"] = speed(row) / speed(r)
                 if row.get("val_loss") and r.get("val_loss"):
                     row["loss_to_mha"] = row["val_loss"] / r["val_loss"] - 1
-                    errors = [one.get("val_loss_error") for one in (row, r)]
-                    known = None not in errors and row is not r
-                    share = (
-                        [error / one["val_loss"] for error, one in zip(errors, (row, r), strict=True)] if known else []
-                    )
-                    row["loss_to_mha_error"] = math.hypot(*share) * row["val_loss"] / r["val_loss"] if known else None
+                    row["loss_to_mha_error"] = None  # of an mha further down
+                    if row is not r and row.get("val_loss_error") and r.get("val_loss_error"):
+                        relative = math.hypot(*(one["val_loss_error"] / one["val_loss"] for one in (row, r)))
+                        row["loss_to_mha_error"] = relative * row["val_loss"] / r["val_loss"]
             if row["rank"] and (r["attn"], r["rank"], r["joint"]) == (row["attn"], 1.0, row["joint"]):
-                row["to_full"] = fastest[id(row)] / fastest[id(r)]
+                row["to_full"] = speed(row) / speed(r)
     return rows
 
 
@@ -404,23 +403,17 @@ def cells(rows, columns):
 def tables(report, columns, markdown=False):
     """The report that bench.json holds, as text: a table for each device, dtype, batch and context."""
     text = []
-    for group in dict.fromkeys((r["device"], r["dtype"], r["batch"], r["context"]) for r in report["rows"]):
+    for group in dict.fromkeys(tuple(row[name] for name in GROUP) for row in report["rows"]):
         device, dtype, batch, context = group
-        rows = [r for r in report["rows"] if (r["device"], r["dtype"], r["batch"], r["context"]) == group]
-        machine = report["machines"][f"{device} {dtype}"]
+        rows = alike(report["rows"], dict(zip(GROUP, group, strict=True)), GROUP)
+        ceiling = report["machines"][f"{device} {dtype}"]
         text.append(
-            f"{context:,} tokens cached, batch {batch}, {dtype}; {machine['name']}: "
-            f"{machine['bytes_per_s'] / 1e9:.1f} GB/s, {machine['flop_per_s'] / 1e9:,.0f} GFLOP/s"
+            f"{context:,} tokens cached, batch {batch}, {dtype}; {ceiling['name']}: "
+            f"{ceiling['bytes_per_s'] / 1e9:.1f} GB/s, {ceiling['flop_per_s'] / 1e9:,.0f} GFLOP/s"
         )
         lines = cells(rows, columns)
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        lines = [
-            [
-                cell.ljust(width) if i == 0 else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-            ]
-            for line in lines
-        ]
+        lines = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines]
         if markdown:
             lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
             text.append("\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n")
@@ -431,66 +424,53 @@ def tables(report, columns, markdown=False):
 
 def advice(rows):
     """What the longest context says, in words."""
-    rows = [r for r in rows if r["context"] == max(r["context"] for r in rows)]
-    rows = [
-        r
-        for r in rows
-        if (r["device"], r["dtype"], r["batch"]) == (rows[-1]["device"], rows[-1]["dtype"], rows[-1]["batch"])
-    ]
-
-    def speed(row):
-        return max(row["expanded"], row.get("absorbed") or 0)
-
+    longest = max(rows, key=lambda row: row["context"])
+    rows = alike(rows, longest, GROUP)
     fastest, smallest = max(rows, key=speed), min(rows, key=lambda row: row["kv_bytes"])
     lines = []
     for what, row in (("fastest", fastest), ("smallest cache", smallest)):
         against = f", {row['to_mha']:.1f} times mha" if row.get("to_mha") else ""
-        lines.append(
-            f"{what}: {name_of(row)}, {speed(row):,.0f} tokens/s{against}, {row['kv_bytes']:,.0f} bytes per token"
-        )
-    return f"with {rows[0]['context']:,} tokens cached, batch {rows[0]['batch']}:\n  " + "\n  ".join(lines)
+        told = f"{speed(row):,.0f} tokens/s{against}, {row['kv_bytes']:,.0f} bytes per token"
+        lines.append(f"{what}: {name_of(row)}, {told}")
+    return f"with {longest['context']:,} tokens cached, batch {longest['batch']}:\n  " + "\n  ".join(lines)
 
 
 def draw(path, report):
     """What was measured of the first device, dtype and batch: loss against cache, recall, speed against context."""
     from matplotlib.figure import Figure
 
-    first = [report["rows"][0][key] for key in ("device", "dtype", "batch")]
-    rows = [r for r in report["rows"] if [r["device"], r["dtype"], r["batch"]] == first]
-    loss = "excess" if all(r.get("excess") is not None for r in rows) else "val_loss"
-    contexts = sorted({r["context"] for r in rows})
-    panels = [draw_loss] if any(r.get(loss) is not None for r in rows) else []
+    rows = alike(report["rows"], report["rows"][0], ("device", "dtype", "batch"))
+    panels = [draw_loss] if any(r.get("val_loss") is not None for r in rows) else []
     panels += [draw_recall] if any(r.get("recall_curve") for r in rows) else []
-    panels += [draw_speed] if len(contexts) > 1 or not panels else []
+    panels += [draw_speed] if len({r["context"] for r in rows}) > 1 or not panels else []
     figure = Figure(figsize=(9, 4.2 * len(panels)), layout="constrained")
     for panel, axes in zip(panels, figure.subplots(len(panels), 1, squeeze=False)[:, 0], strict=True):
-        if panel is draw_loss:
-            panel(axes, [r for r in rows if r["context"] == contexts[0]], loss)
-        else:
-            panel(axes, rows)
+        panel(axes, rows)
         axes.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=120)
 
 
-def style_of(row, **more):
-    return dict(color=COLOURS[row["attn"]], linestyle="--" if row["joint"] else "-", **more)
+def style_of(row):
+    """One colour for each variant, in all figures; joint ones are dashed, with squares."""
+    return dict(color=COLOURS[row["attn"]]) | (dict(ls="--", marker="s") if row["joint"] else dict(ls="-", marker="o"))
 
 
-def draw_loss(axes, rows, loss):
-    """A line for each variant, through its ranks."""
-    rows = sorted((r for r in rows if r.get(loss) is not None), key=lambda r: r["kv_bytes"])
+def draw_loss(axes, rows):
+    """A line for each variant, through its ranks; a row is there once for each context, with the same loss."""
+    loss = "excess" if all(r.get("excess") is not None for r in rows) else "val_loss"
+    least = min(r["context"] for r in rows)
+    rows = sorted((r for r in rows if r["context"] == least and r.get(loss) is not None), key=lambda r: r["kv_bytes"])
     for attn, joint in sorted({(r["attn"], r["joint"]) for r in rows}, key=lambda way: (ATTN.index(way[0]), way[1])):
         mine = [r for r in rows if (r["attn"], r["joint"]) == (attn, joint)]
         columns = [[r[key] for r in mine] for key in ("kv_bytes", loss)]
         errors = [r.get(f"{loss}_error") or 0 for r in mine]
-        style = style_of(mine[0], marker="s" if joint else "o", capsize=3)
+        style = style_of(mine[0])
         if len({r["rank"] for r in mine}) < len(mine):  # runs of one rank that differ in something else
-            style["linestyle"] = "none"
-        axes.errorbar(*columns, errors, **style, label=attn + (" joint" if joint else ""))
+            style["ls"] = "none"
+        axes.errorbar(*columns, errors, **style, capsize=3, label=attn + (" joint" if joint else ""))
         for r in mine:
             if r["rank"]:
-                rank = name_of(r).split()[1]
-                axes.annotate(rank, (r["kv_bytes"], r[loss]), (4, 5), textcoords="offset points", fontsize=8)
+                axes.annotate(rank_of(r), (r["kv_bytes"], r[loss]), (4, 5), textcoords="offset points", fontsize=9)
     axes.set(xscale="log", xlabel=f"KV cache, bytes per token in {rows[0]['dtype']}")
     axes.set(ylabel=f"{'excess over the floor' if loss == 'excess' else 'loss'}, nats per token")
     ticks = sorted({r["kv_bytes"] for r in rows})
@@ -499,7 +479,7 @@ def draw_loss(axes, rows, loss):
             ticks.remove(after)
     axes.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks])
     axes.minorticks_off()
-    axes.set_title("Loss against cache: lower left is better")
+    axes.set_title("Loss against cache: lower left is better", fontsize=10)
 
 
 def curves(rows):
@@ -514,22 +494,21 @@ def curves(rows):
 def draw_recall(axes, rows):
     for name, (row, *_) in curves(r for r in rows if r.get("recall_curve")).items():
         _, p, error = np.array(row["recall_curve"], dtype=float).T
-        axes.errorbar(range(len(p)), p, np.nan_to_num(error), **style_of(row, marker="o", capsize=3), label=name)
+        axes.errorbar(range(len(p)), p, np.nan_to_num(error), **style_of(row), capsize=3, label=name)
     bins = [f"{low}–{high - 1}" for low, high in zip(DISTANCES, DISTANCES[1:], strict=False)]
     axes.set_xticks(range(len(DISTANCES)), [*bins, f"{DISTANCES[-1]}–"])
     axes.set(xlabel="tokens since it was last said", ylabel="probability of the right word", ylim=(0, None))
-    axes.set_title("Recall in unseen stories")
+    axes.set_title("Recall in unseen stories", fontsize=10)
 
 
 def draw_speed(axes, rows):
     for name, mine in curves(rows).items():
-        speeds = [max(r["expanded"], r.get("absorbed") or 0) for r in mine]
-        axes.plot([r["context"] for r in mine], speeds, **style_of(mine[0], marker="o"), label=name)
+        axes.plot([r["context"] for r in mine], [speed(r) for r in mine], **style_of(mine[0]), label=name)
     contexts = sorted({r["context"] for r in rows})
     axes.set(xscale="log", yscale="log", xlabel="tokens cached", ylabel="decoded tokens/s, the faster way")
     axes.set_xticks(contexts, [f"{c:,}" for c in contexts])
     axes.minorticks_off()
-    axes.set_title(f"Decoding, batch {rows[0]['batch']}, {rows[0]['dtype']}: the cost of a long context")
+    axes.set_title(f"Decoding, batch {rows[0]['batch']}, {rows[0]['dtype']}: the cost of a long context", fontsize=10)
 
 
 def build(config, dtype, device):
@@ -538,91 +517,88 @@ def build(config, dtype, device):
         return GPT(config).to(dtype).eval()
 
 
-def main():
+def parse_arguments():
     example = "example: python bench.py --attn mha mla_decoupled --batch 1 8 --context 512 4096 8192"
     parser = Parser(description=__doc__.split("\n\n")[0], epilog=example)
-    parser.add_argument("checkpoints", nargs="*", help="of train.py; none: every variant, freshly initialised")
-    parser.add_argument("--attn", nargs="+", choices=ATTN, default=ATTN, metavar="ATTN", help="variants (all)")
-    parser.add_argument("--size", choices=SIZES, default="30m", help="shape of fresh models (%(default)s)")
-    parser.add_argument("--batch", nargs="+", type=int, default=[8], help="sequences decoded at once (8)")
-    parser.add_argument("--context", nargs="+", type=int, help="tokens cached (512 and 4096; a checkpoint's own)")
+    add = parser.add_argument
+    add("checkpoints", nargs="*", help="of train.py; none: every variant, freshly initialised")
+    add("--attn", nargs="+", choices=ATTN, default=ATTN, metavar="ATTN", help="variants (all)")
+    add("--size", choices=SIZES, default="30m", help="shape of fresh models (%(default)s)")
+    add("--batch", nargs="+", type=int, default=[8], help="sequences decoded at once (8)")
+    add("--context", nargs="+", type=int, help="tokens cached (512 and 4096; a checkpoint's own)")
     text = f"of weights and cache: {', '.join(DTYPES)} (bfloat16 where it is fast)"
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, metavar="DTYPE", help=text)
-    parser.add_argument("--device", nargs="+", help="cpu, cuda, ... (cuda where there is one)")
-    parser.add_argument(
-        "--rounds", type=int, default=3, help="through all that is measured; medians count (%(default)s)"
-    )
-    parser.add_argument("--train", action="store_true", help="measure training too: batch 32, context 128")
-    parser.add_argument(
-        "--judge", type=int, metavar="N", help="score N stories that each checkpoint tells, and its recall"
-    )
-    parser.add_argument(
-        "--columns",
-        nargs="+",
-        choices=COLUMNS,
-        default=COLUMNS,
-        metavar="COLUMN",
-        help="; ".join(f"{name}: {what}" for name, (_, _, what) in COLUMNS.items()).replace("%", "%%"),
-    )
-    parser.add_argument("--out", type=Path, default=Path("."), help="folder for bench.json and bench.png (here)")
-    parser.add_argument(
-        "--table", type=Path, metavar="FILE", help="print the tables of a bench.json in Markdown, and stop"
-    )
+    add("--dtype", nargs="+", choices=DTYPES, metavar="DTYPE", help=text)
+    add("--device", nargs="+", help="cpu, cuda, ... (cuda where there is one)")
+    add("--rounds", type=int, default=3, help="through all that is measured; medians count (%(default)s)")
+    add("--train", action="store_true", help="measure training too: batch 32, context 128")
+    add("--judge", type=int, metavar="N", help="score N stories that each checkpoint tells, and its recall")
+    text = "; ".join(f"{name}: {what}" for name, (_, _, what) in COLUMNS.items()).replace("%", "%%")
+    add("--columns", nargs="+", choices=COLUMNS, default=COLUMNS, metavar="COLUMN", help=text)
+    add("--out", type=Path, default=Path("."), help="folder for bench.json and bench.png (here)")
+    add("--table", type=Path, metavar="FILE", help="print the tables of a bench.json in Markdown, and stop")
     args = parser.parse_args()
+    for name in ("batch", "context", "rounds", "judge"):
+        if any(n < 1 for n in np.ravel(getattr(args, name) or 1)):
+            raise ValueError(f"--{name}: must be at least 1")
+    if args.judge and not args.checkpoints:
+        raise ValueError("--judge: name the checkpoints whose stories shall be judged")
+    if args.checkpoints and (args.attn is not ATTN or args.size != "30m"):
+        raise ValueError("--attn, --size: choose among fresh models; leave them out where checkpoints are given")
+    if args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out={args.out}: must be a folder")
+    args.batch = list(dict.fromkeys(args.batch))
+    args.device = args.device or ["cuda" if torch.cuda.is_available() else "cpu"]
+    return args
+
+
+def choose_models(args, loaded):
+    """What is to be measured -> [(its name, paths of its checkpoints, GPTConfig), ...], and the contexts."""
+    if loaded:
+        contexts = args.context or [min(model.config.block_size for model, _ in loaded.values()) - 1]
+        for path, (model, _) in loaded.items():
+            if max(contexts) >= (most := model.config.block_size):
+                raise ValueError(f"--context={max(contexts)}: {path} has a context of {most}, the new token included")
+        groups = [(paths, loaded[paths[0]][0].config) for paths in seeds_apart(loaded)]
+        names = [name_of(asdict(config)) for _, config in groups]
+        return [
+            (name if names.count(name) == 1 else paths[0], paths, config)
+            for name, (paths, config) in zip(names, groups, strict=True)
+        ], contexts
+    contexts = args.context or [512, 4096]
+    shape = SIZES[args.size] | dict(block_size=max(contexts) + 1, vocab_size=4096)
+    configs = [
+        GPTConfig(attn=attn, rank=rank, joint=joint, **shape)
+        for attn, rank, joint in VARIANTS
+        if attn in args.attn and not (attn == "gqa" and rank * shape["n_head"] < 1)
+    ]
+    return [(name_of(asdict(config)), [], config) for config in configs], contexts
+
+
+def main():
+    args = parse_arguments()
     if args.table:
         try:
             print(tables(json.loads(args.table.read_text()), args.columns, markdown=True))
         except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
             raise ValueError(f"--table={args.table}: cannot be read as a bench.json: {error!r}") from error
         return
-    for name in ("batch", "context", "rounds", "judge"):
-        if any(n < 1 for n in np.ravel(getattr(args, name) or 1)):
-            raise ValueError(f"--{name}: must be at least 1")
-    if args.out.exists() and not args.out.is_dir():
-        raise ValueError(f"--out={args.out}: must be a folder")
-    args.batch = list(dict.fromkeys(args.batch))
-    devices = args.device or ["cuda" if torch.cuda.is_available() else "cpu"]
-    for device in devices:
+    for device in args.device:
         check_device(device)
     loaded = {path: load_checkpoint(path) for path in args.checkpoints}
-    contexts = args.context or (
-        [512, 4096] if not loaded else [min(m.config.block_size for m, _ in loaded.values()) - 1]
-    )
-    if args.judge and not loaded:
-        raise ValueError("--judge: name the checkpoints whose stories shall be judged")
-    if loaded and (args.attn is not ATTN or args.size != "30m"):
-        raise ValueError("--attn, --size: choose among fresh models; leave them out where checkpoints are given")
-    for path, (model, _) in loaded.items():
-        if max(contexts) >= model.config.block_size:
-            raise ValueError(
-                f"--context={max(contexts)}: {path} has a context of {model.config.block_size}, the new token included"
-            )
-    jobs = []
-    groups = seeds_apart(loaded)
-    names = [name_of(asdict(loaded[paths[0]][0].config)) for paths in groups]
-    for device in devices:
-        for dtype in args.dtype or ["bfloat16" if fast_bfloat16(device) else "float32"]:
-            if loaded:
-                jobs += [(device, DTYPES[dtype], paths, loaded[paths[0]][0].config) for paths in groups]
-            else:
-                shape = SIZES[args.size] | dict(block_size=max(contexts) + 1, vocab_size=4096)
-                jobs += [
-                    (device, DTYPES[dtype], None, GPTConfig(attn=attn, rank=rank, joint=joint, **shape))
-                    for attn, rank, joint in VARIANTS
-                    if attn in args.attn and not (attn == "gqa" and rank * shape["n_head"] < 1)
-                ]
-    for device, dtype, _, config in jobs:
-        check_memory(config, max(args.batch), max(contexts), dtype.itemsize, device)
+    models, contexts = choose_models(args, loaded)
+    dtypes = {device: args.dtype or ["bfloat16" if fast_bfloat16(device) else "float32"] for device in args.device}
+    jobs = [(device, DTYPES[dtype], *model) for device in args.device for dtype in dtypes[device] for model in models]
+    for device, dtype, _, _, config in jobs:
+        check_memory(config, max(args.batch), max(contexts), dtype, device)
 
     args.out.mkdir(parents=True, exist_ok=True)  # now, lest a failure lose what was measured
-    report = {
-        "command": " ".join(["python", *map(os.path.basename, sys.argv[:1]), *sys.argv[1:]]),
-        "machines": {},
-    }
-    scores = judged(loaded, args.judge, devices[0]) if args.judge else {}
+    command = " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    report = {"command": command, "machines": {}}
+    scores = judged(loaded, args.judge, args.device[0]) if args.judge else {}
     # In rounds, so that minutes in which the machine is busy with something else do not fall on one variant.
     rounds = [{} for _ in range(args.rounds)]
-    for rows, (i, (device, dtype, paths, config)) in (bar := tqdm([*product(rounds, enumerate(jobs))], leave=False)):
+    for rows, (i, job) in (bar := tqdm([*product(rounds, enumerate(jobs))], leave=False)):
+        device, dtype, name, paths, config = job
         key = f"{device} {str(dtype)[6:]}"
         if key not in report["machines"]:
             bytes_per_s, flop_per_s = ceilings(device, dtype)
@@ -630,15 +606,14 @@ def main():
         model = loaded[paths[0]][0].to(device, dtype) if paths else build(config, dtype, device)
         about = {}
         if paths:
-            name = name_of(asdict(config))
-            about = {"paths": paths, "name": name if names.count(name) == 1 else paths[0], "runs": len(paths)}
+            about = {"paths": paths, "name": name, "runs": len(paths)}
             about |= mean_of([learnt(loaded[path][1]) | scores.get(path, {}) for path in paths])
         if args.train:
             short = replace(config, block_size=128)
             about["train"] = train(short, dtype, device)
             about["to_float32"] = about["train"] / train(short, torch.float32, device)
         for batch, context in product(args.batch, contexts):
-            bar.set_postfix_str(f"{paths[0] if paths else config.attn} {context}")
+            bar.set_postfix_str(f"{name} {context}")
             rows[i, batch, context] = measure(model, dtype, batch, context, device, report["machines"][key]) | about
         del model
     report["rows"] = compare([median([rows[job] for rows in rounds]) for job in rounds[0]])
