@@ -1,8 +1,8 @@
 """The byte and FLOP counts, the tables, and what can be typed wrongly. No speed is asserted anywhere."""
 
 import json
-import sys
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import bench
 from data.judge import questions
-from data.prepare import load_data, load_tokenizer, prepare, run
+from data.prepare import load_data, load_tokenizer, prepare
 from data.stories import Author
 from model import ABSORBS, ATTN, FORMAT, GPT, GPTConfig
 
@@ -171,21 +171,12 @@ def test_tables_line_up_and_markdown_is_markdown():
 
 
 @pytest.fixture
-def script(monkeypatch, capsys, tmp_path):
+def script(call, monkeypatch, tmp_path):
     """Run bench.py on small shapes -> exit status, stdout, stderr."""
     monkeypatch.setitem(bench.SIZES, "30m", dict(n_layer=1, n_head=8, n_embd=64))
     monkeypatch.setitem(bench.SIZES, "tiny", dict(n_layer=1, n_head=2, n_embd=16))
     monkeypatch.setattr(bench, "ceilings", lambda device, dtype: (1e10, 1e11))
-
-    def script(*arguments):
-        monkeypatch.setattr(sys, "argv", ["bench.py", f"--out={tmp_path}", *map(str, arguments)])
-        try:
-            status = run(bench.main)
-        except SystemExit as stop:
-            status = stop.code
-        return status or 0, *capsys.readouterr()
-
-    return script
+    return partial(call, bench.main, f"--out={tmp_path}")
 
 
 def test_all_variants_are_measured_and_the_table_comes_back_from_its_file(script, tmp_path):

@@ -2,7 +2,6 @@
 
 import random
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,7 @@ from data.judge import (
     questions,
     split_stories,
 )
-from data.prepare import load_data, load_tokenizer, prepare, run
+from data.prepare import load_data, load_tokenizer, prepare
 from data.stories import Author
 
 seeds = st.integers(0, 2**31)
@@ -287,25 +286,16 @@ def test_there_are_questions_at_all_distances():
     assert len(distances) > 600 and np.quantile(distances, 0.1) < 32 and np.quantile(distances, 0.9) > 100
 
 
-def command(monkeypatch, capsys, *arguments):
-    monkeypatch.setattr(sys, "argv", ["stories.py", *map(str, arguments)])
-    try:
-        status = run(stories.main)
-    except SystemExit as stop:
-        status = stop.code
-    return status or 0, *capsys.readouterr()
-
-
-def test_the_command_scores_a_file_and_explains(data, tmp_path, monkeypatch, capsys):
+def test_the_command_scores_a_file_and_explains(data, tmp_path, call):
     folder = Path(data[1].filename).parent
     wrong = Author(5, 0).text.replace(Author(5, 0).told[-1].split()[-1], "zzz")
     (tmp_path / "a.txt").write_text(f"{Author(5, 1).text}\n\n{wrong}")
-    status, out, err = command(monkeypatch, capsys, "judge", tmp_path / "a.txt", "--explain", f"--data={folder}")
+    status, out, err = call(stories.main, "judge", tmp_path / "a.txt", "--explain", f"--data={folder}")
     assert status == 0 and "story 1: grammar 10.0, consistency 10.0" in out and "no such sentence" in out
     assert re.search(r"^grammar +9\.\d+ ± 0\.\d+$", out, re.M) and "recalled rightly" in out
     for file, says in (("none.txt", "cannot be read"), ("empty.txt", "empty")):
         (tmp_path / "empty.txt").write_text(" \n")
-        status, out, err = command(monkeypatch, capsys, "judge", tmp_path / file, f"--data={folder}")
+        status, out, err = call(stories.main, "judge", tmp_path / file, f"--data={folder}")
         assert status == 2 and says in err and err.count("\n") == 1
-    status, out, err = command(monkeypatch, capsys, "judge", tmp_path / "a.txt", "--data=/nowhere")
+    status, out, err = call(stories.main, "judge", tmp_path / "a.txt", "--data=/nowhere")
     assert status == 2 and "/nowhere" in err

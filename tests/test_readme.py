@@ -40,26 +40,24 @@ def test_flags_and_scripts_of_the_readme_exist(capsys, monkeypatch):
                 assert flag in shown, (script, flag)
 
 
-def test_your_own_text_goes_all_the_way(tmp_path, monkeypatch, capsys):
+def test_your_own_text_goes_all_the_way(tmp_path, monkeypatch, call):
     """prepare, train, tell, spectrum, bench; only --judge, which knows the rules of the story world alone, refuses."""
     (tmp_path / "mine.txt").write_text(README, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(prep.prepare, "__defaults__", (*prep.prepare.__defaults__[:-1], tmp_path))
 
-    def call(script, *arguments):
-        monkeypatch.setattr(sys, "argv", [script.__name__, *arguments])
-        script.main()
-        return capsys.readouterr().out
+    def printed(script, *arguments):
+        status, out, err = call(script.main, *arguments)
+        assert status == 0, err
+        return out
 
-    assert "to train on" in call(prep, "mine.txt", "--tokenizer=stories")
+    assert "to train on" in printed(prep, "mine.txt", "--tokenizer=stories")
     shape = "--n_layer=1 --n_head=2 --n_embd=32 --block_size=64 --batch_size=2 --steps=4 --device=cpu".split()
-    with pytest.raises(SystemExit) as stop:
-        call(train, *shape, f"--data={tmp_path / 'mine'}", "--attn=mla_decoupled")
-    printed = capsys.readouterr().out
-    assert stop.value.code is None and "val loss" in printed and "perfect" not in printed  # no floor is known
-    assert call(model, "out/ckpt.pt", "--prompt=Once", "--tokens=5").startswith("Once")
-    assert "spikes" in call(spectrum, "out/ckpt.pt") and "snapshots" in call(spectrum, "out")
-    table = call(bench, "out/ckpt.pt", "--rounds=1", "--batch=1", "--context=8")
+    trained = printed(train, *shape, f"--data={tmp_path / 'mine'}", "--attn=mla_decoupled")
+    assert "val loss" in trained and "perfect" not in trained  # no floor is known
+    assert printed(model, "out/ckpt.pt", "--prompt=Once", "--tokens=5").startswith("Once")
+    assert "spikes" in printed(spectrum, "out/ckpt.pt") and "snapshots" in printed(spectrum, "out")
+    table = printed(bench, "out/ckpt.pt", "--rounds=1", "--batch=1", "--context=8")
     assert "val" in table and "excess" not in table
-    with pytest.raises(ValueError, match="stories"):
-        call(bench, "out/ckpt.pt", "--judge=1", "--rounds=1")
+    status, _, err = call(bench.main, "out/ckpt.pt", "--judge=1", "--rounds=1")
+    assert status == 2 and "stories" in err

@@ -2,7 +2,7 @@
 
 import json
 import math
-import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from scipy import integrate
 
 import spectrum
 import train
-from data.prepare import prepare, run
+from data.prepare import prepare
 from model import ATTN, FORMAT, GPT, GPTConfig
 from spectrum import NULLS, chain_law, decoupled_law, diagnose, eigenvalues, laws, paths, spectra
 
@@ -316,18 +316,9 @@ def save(path, model, **changes):
 
 
 @pytest.fixture
-def script(monkeypatch, capsys):
+def script(call):
     """Run spectrum.py -> exit status, stdout, stderr."""
-
-    def script(*arguments):
-        monkeypatch.setattr(sys, "argv", ["spectrum.py", *map(str, arguments)])
-        try:
-            status = run(spectrum.main)
-        except SystemExit as stop:
-            status = stop.code
-        return status or 0, *capsys.readouterr()
-
-    return script
+    return partial(call, spectrum.main)
 
 
 @pytest.mark.parametrize("attn", ATTN)

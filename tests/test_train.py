@@ -3,7 +3,6 @@
 import json
 import shutil
 import signal
-import sys
 
 import numpy as np
 import pytest
@@ -175,15 +174,6 @@ def test_a_half_written_line_of_the_log_does_not_hinder_resuming(start):
     assert log_of(out) == log and (out / "spectrum.jsonl").read_text() == spectra
 
 
-def refused(main, arguments, capsys, monkeypatch):
-    """Run a script with arguments that it must refuse -> exit status and what it printed to stderr."""
-    monkeypatch.setattr(sys, "argv", ["script.py", *arguments])
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        prep.run(main)
-    return stop.value.code, capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     "flags, says",
     [
@@ -213,27 +203,27 @@ def refused(main, arguments, capsys, monkeypatch):
         ("--resume", "last.pt"),
     ],
 )
-def test_wrong_flags_end_in_one_line_and_status_2(flags, says, stories, tmp_path, capsys, monkeypatch):
+def test_wrong_flags_end_in_one_line_and_status_2(flags, says, stories, tmp_path, call):
     out = tmp_path / "out"
     arguments = [f"--data={stories}", f"--out={out}", "--n_layer=1", *flags.split()]
-    status, line = refused(train.main, arguments, capsys, monkeypatch)
+    status, _, line = call(train.main, *arguments)
     assert status == 2 and line.count("\n") == 1 and says in line and not out.exists()
 
 
 @pytest.mark.parametrize("flags, says", [("--attn=mla", "attn=mha_rope"), ("--steps=9", "steps=2"), ("--lr=1", "lr=")])
-def test_resuming_with_another_configuration_is_refused(start, flags, says, capsys, monkeypatch):
+def test_resuming_with_another_configuration_is_refused(start, flags, says, call):
     out = start(*SMALL, "--steps=2")
-    status, line = refused(train.main, [f"--out={out}", "--resume", *flags.split()], capsys, monkeypatch)
+    status, _, line = call(train.main, f"--out={out}", "--resume", *flags.split())
     assert status == 2 and line.count("\n") == 1 and says in line
 
 
-def test_resuming_on_other_data_is_refused(start, stories, tmp_path, capsys, monkeypatch):
+def test_resuming_on_other_data_is_refused(start, stories, tmp_path, call):
     data = tmp_path / "copy"
     shutil.copytree(stories, data)
     out = start(*SMALL, f"--data={data}", "--steps=2")
     meta = json.loads((data / "meta.json").read_text())
     (data / "meta.json").write_text(json.dumps(meta | {"seed": 5}))
-    status, line = refused(train.main, [f"--out={out}", "--resume"], capsys, monkeypatch)
+    status, _, line = call(train.main, f"--out={out}", "--resume")
     assert status == 2 and str(data) in line
 
 
@@ -254,10 +244,10 @@ def test_resuming_on_other_data_is_refused(start, stories, tmp_path, capsys, mon
         ([], "checkpoint"),
     ],
 )
-def test_wrong_questions_to_a_model_end_in_one_line(start, arguments, says, capsys, monkeypatch):
+def test_wrong_questions_to_a_model_end_in_one_line(start, arguments, says, call):
     out = start(*SMALL, "--steps=1") if "CKPT" in arguments else None
-    arguments = [str(out / "ckpt.pt") if word == "CKPT" else word for word in arguments]
-    status, line = refused(model.main, arguments, capsys, monkeypatch)
+    arguments = [out / "ckpt.pt" if word == "CKPT" else word for word in arguments]
+    status, _, line = call(model.main, *arguments)
     assert status == 2 and line.count("\n") == 1 and says in line
 
 
@@ -271,15 +261,13 @@ def test_wrong_questions_to_a_model_end_in_one_line(start, arguments, says, caps
         (["tinystories", "--tokenizer=stories"], "127.0.0.1", 1),
     ],
 )
-def test_wrong_data_ends_in_one_line(arguments, says, expected, capsys, monkeypatch):
+def test_wrong_data_ends_in_one_line(arguments, says, expected, call, monkeypatch):
     monkeypatch.setattr(prep, "TINYSTORIES", "http://127.0.0.1:9/nothing.txt")
-    status, err = refused(prep.main, arguments, capsys, monkeypatch)
+    status, _, err = call(prep.main, *arguments)
     assert status == expected and says in err.splitlines()[-1] and "Traceback" not in err
 
 
-def test_a_script_speaks_without_error_if_nothing_is_wrong(start, capsys, monkeypatch):
+def test_a_script_speaks_without_error_if_nothing_is_wrong(start, call):
     out = start(*SMALL, "--steps=1")
-    monkeypatch.setattr(sys, "argv", ["model.py", str(out / "ckpt.pt"), "--prompt=One day", "--tokens=5"])
-    capsys.readouterr()
-    prep.run(model.main)
-    assert capsys.readouterr().out.startswith("One day")
+    status, told, err = call(model.main, out / "ckpt.pt", "--prompt=One day", "--tokens=5")
+    assert status == 0 and told.startswith("One day") and not err

@@ -1,0 +1,23 @@
+"""What several test files need."""
+
+import sys
+
+import pytest
+
+from data.prepare import run
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run a script's main as its command line would -> exit status, stdout, stderr."""
+
+    def call(main, *arguments):
+        monkeypatch.setattr(sys, "argv", [main.__code__.co_filename, *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            status = run(main)
+        except SystemExit as stop:
+            status = stop.code
+        return status or 0, *capsys.readouterr()
+
+    return call
