@@ -25,14 +25,13 @@ echo "$flags" >$out/flags
 runs() {
     for seed in 0 1 2; do
         for attn in mha mha_rope mla mla_rope mla_decoupled; do echo "--attn=$attn --seed=$seed"; done
+        # what stood out with one seed
+        printf '%s\n' "--attn=mla --rank=1 --seed=$seed" "--attn=mla_decoupled --rank=0.25 --seed=$seed"
         [ $seed = 0 ] || continue
         printf '%s\n' "--attn=gqa" "--attn=mla_prerope" "--attn=mla_decoupled --joint"
-        for rank in 1 0.25 0.125; do
-            printf '%s\n' "--attn=mla_rope --rank=$rank" "--attn=mla_decoupled --rank=$rank"
-        done
+        printf '%s\n' "--attn=mla_rope --rank="{1,0.25,0.125} "--attn=mla_decoupled --rank="{1,0.125}
     done
-    echo "--attn=mla --rank=1"
-    for attn in mha_rope mla_rope; do # is the learning rate right for both?
+    for attn in mha mha_rope mla_rope; do # is the learning rate right for all?
         for lr in $rates; do echo "--attn=$attn --lr=$lr"; done
     done
 }
@@ -54,7 +53,8 @@ runs | xargs -P "$jobs" -I{} bash -c "run {}"
 unset OMP_NUM_THREADS
 
 python bench.py $out/*/ckpt.pt --judge=50 --out=$out
-python bench.py $out/rates/*/ckpt.pt $out/{mha,mla}_rope-seed=0/ckpt.pt --columns val_loss excess --out=$out/rates
+python bench.py $out/{mha,mha_rope,mla_rope}-seed=0/ckpt.pt $out/rates/*/ckpt.pt \
+    --rounds=1 --columns val_loss excess loss_to_mha --out=$out/rates
 for null in chain mp; do
     python spectrum.py $out/{mha_rope-seed=0,mla_prerope,mla_decoupled-seed=0} --null=$null --out=$out |
         tee $out/spectrum_$null.txt
