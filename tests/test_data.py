@@ -269,7 +269,7 @@ def test_unusable_text_is_a_value_error_that_names_the_file(tmp_path, name, cont
 
 
 @pytest.mark.parametrize(
-    "damage", ["no meta", "meta is not JSON", "truncated", "odd length", "empty", "token out of range"]
+    "damage", ["no meta", "meta is not JSON", "truncated", "odd length", "empty", "token out of range", "a story less"]
 )
 def test_a_damaged_data_folder_is_a_value_error_that_names_it(tmp_path, damage):
     folder = prepare(stories=20, root=tmp_path)
@@ -280,6 +280,9 @@ def test_a_damaged_data_folder_is_a_value_error_that_names_it(tmp_path, damage):
         (folder / "meta.json").write_text("{")
     elif damage == "token out of range":
         val.write_bytes(b"\xff\xff" + val.read_bytes()[2:])
+    elif damage == "a story less":
+        tokens = np.fromfile(folder / "train.bin", np.uint16)
+        np.where(np.arange(len(tokens)) == len(tokens) - 1, 0, tokens).astype(np.uint16).tofile(folder / "train.bin")
     else:
         keep = {"truncated": -2, "odd length": -1, "empty": -val.stat().st_size}[damage]
         val.write_bytes(val.read_bytes()[:keep])

@@ -2,6 +2,7 @@
 
 import re
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,14 @@ def test_flags_and_scripts_of_the_readme_exist(capsys, monkeypatch):
             shown = capsys.readouterr().out
             for flag in re.findall(r" (--\w+)", rest.split("#")[0].split("`")[0]):
                 assert flag in shown, (script, flag)
+
+
+def test_python_of_the_readme_runs(capsys):
+    blocks = re.findall(r"(?:^    import .*\n)(?:^    .*\n|^\n(?=    ))*", README, re.M)
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(textwrap.dedent(block), {})
+    assert "outlier_energy" in capsys.readouterr().out
 
 
 def test_your_own_text_goes_all_the_way(tmp_path, monkeypatch, call):

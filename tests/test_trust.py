@@ -297,6 +297,23 @@ def test_a_hostile_last_checkpoint_is_refused_or_harmless(stopped, tmp_path_fact
         assert all(torch.equal(weights[name], stopped[1][name]) for name in stopped[1]), path
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda last: last.update(step=0),
+        lambda last: last.update(step=1),
+        lambda last: last["optimizer"]["state"].clear(),
+        lambda last: last["optimizer"]["state"][0].update(step=torch.tensor(1.0)),
+    ],
+)
+def test_a_last_checkpoint_put_together_from_two_is_refused(change, stopped, tmp_path):
+    last = copy.deepcopy(stopped[0])
+    change(last)
+    torch.save(last, tmp_path / "last.pt")
+    status, err = call(train.main, ["--resume", f"--out={tmp_path}"])
+    assert status == 2 and "damaged" in err
+
+
 @given(
     key=st.sampled_from(["source", "tokenizer", "vocab_size", "floor", "val_nats", "train_tokens", "val_stories"]),
     value=values | st.integers(1, 65535),
