@@ -37,6 +37,15 @@ SPIKED = 1  # a layer has spikes if its heads average this many outliers; below 
 # Null laws ------------------------------------------------------------------------------------------------------------
 
 
+def chain_law(dims):
+    """The law of the non-zero eigenvalues of M M^T, scaled to mean 1, for M a product of independent Gaussian matrices
+    of shapes N_0 x N_1, N_1 x N_2, ...; dims = (N_0, N_1, ...). Exact as the dimensions grow in proportion (Burda et
+    al. 2010). Two dimensions: Marchenko-Pastur. Raises ValueError unless dims are two or more whole numbers from 1."""
+    if len(dims) < 2 or not all(n >= 1 and n % 1 == 0 for n in dims):
+        raise ValueError(f"dims={dims}: must be two or more whole numbers from 1, the path of a product's shapes")
+    return ChainLaw(dims)
+
+
 class ChainLaw:
     """The law that chain_law gives: lower and upper edge, median; pdf(x), cdf(x), quantile(q) of numbers or arrays.
 
@@ -122,15 +131,6 @@ class SampledLaw:
         return np.interp(x, at, density / at, left=0, right=0)
 
 
-def chain_law(dims):
-    """The law of the non-zero eigenvalues of M M^T, scaled to mean 1, for M a product of independent Gaussian matrices
-    of shapes N_0 x N_1, N_1 x N_2, ...; dims = (N_0, N_1, ...). Exact as the dimensions grow in proportion (Burda et
-    al. 2010). Two dimensions: Marchenko-Pastur. Raises ValueError unless dims are two or more whole numbers from 1."""
-    if len(dims) < 2 or not all(n >= 1 and n % 1 == 0 for n in dims):
-        raise ValueError(f"dims={dims}: must be two or more whole numbers from 1, the path of a product's shapes")
-    return ChainLaw(dims)
-
-
 @cache
 def decoupled_law(d, width, r, rope_dim, strength):
     """The law of content and rotary part together: queries (d, width + R), keys [W_DK^T W_UK | W_KR], where the entries
@@ -173,7 +173,7 @@ def rotary_strength(config, spectra, level):
         dims = paths(config)[circuit][level]
         unit = chain_law(dims).median * dims[0] ** 2 * dims[1] / min(dims)  # the median, if entries have variance 1
         size[circuit] = np.median(np.median(spectra[circuit][level], -1), -1) / unit
-    with np.errstate(all="ignore"):
+    with np.errstate(all="ignore"):  # eigenvalues are squares: twice their log2 is four times that of the entries
         quarters = np.round(2 * np.log2(size["rotary"] / size["content"]))
     return 2 ** (np.nan_to_num(quarters, posinf=0, neginf=0).clip(-24, 24) / 4)
 
@@ -257,6 +257,17 @@ def diagnose(eigenvalues, law):
         }
     shares = {"outlier_share": "outliers", "stable_rank_share": "stable_rank", "effective_rank_share": "effective_rank"}
     return found | {share: found[name] / n for share, name in shares.items()}
+
+
+def against_nulls(config, spectra):
+    """{null: {circuit: {"heads": diagnostics (S, L, H), "layer": (S, L, 1)}}} of spectra() (S, L, H, n)."""
+    return {
+        null: {
+            circuit: {level: diagnose(spectra[circuit][level], law) for level, law in levels.items()}
+            for circuit, levels in laws(config, null, spectra).items()
+        }
+        for null in NULLS
+    }
 
 
 def whole_layer(chains):
@@ -383,7 +394,8 @@ def table(found):
             if len(values) == 0:
                 line += f"{'-':>12}"
             else:
-                spread = f" ±{values.std():{style.replace('3', '2')}}" if len(found[name][layer]) > 1 else ""
+                shorter = style.replace("3", "2")  # of MP-gap's three digits
+                spread = f" ±{values.std():{shorter}}" if len(found[name][layer]) > 1 else ""
                 line += f" {values.mean():{style}}{spread}".rjust(12)
         lines.append(line)
     return "\n".join(lines)
@@ -459,6 +471,15 @@ def disagreement(steps, chain, mp):
         f"at step {steps[i]}, mp calls {shares[0][i]:.1%} of the eigenvalues outliers, chain {shares[1][i]:.1%}"
         for i in sorted({0, len(steps) - 1})
     ] + [f"in {differ:.0%} of all layers and snapshots only one of them sees spikes"]
+
+
+def print_answers(steps, circuit, diagnosed):
+    """In words, by both nulls, and where these disagree."""
+    for null in NULLS:
+        print(f"\nspikes in each head's W_Q W_K^T ({circuit}), null {null}:")
+        print("  " + "\n  ".join(findings(steps, diagnosed[null])))
+    print("\nwhere the nulls disagree:")
+    print("  " + "\n  ".join(disagreement(steps, diagnosed["chain"], diagnosed["mp"])) + "\n")
 
 
 def draw_model(path, config, spectra, diagnosed, title):
@@ -564,24 +585,14 @@ def main():
                 raise
             print(f"{error}; left out", file=sys.stderr)
             continue
-        diagnosed = {
-            null: {
-                c: {level: diagnose(found[c][level], law) for level, law in levels.items()}
-                for c, levels in laws(config, null, found).items()
-            }
-            for null in NULLS
-        }
+        diagnosed = against_nulls(config, found)
         many = f"{len(steps)} snapshots up to " if dynamics else ""
         print(f"{path}: {config.attn}, {config.n_layer} layers of {config.n_head} heads; {many}step {steps[-1]}")
         if not dynamics:
             for c in [args.circuit] if args.circuit else found:
                 print_tables(paths(config)[c], c, args.null, diagnosed[args.null][c])
         chosen = {null: diagnosed[null][circuit]["heads"] for null in NULLS}
-        for null in NULLS:
-            print(f"\nspikes in each head's W_Q W_K^T ({circuit}), null {null}:")
-            print("  " + "\n  ".join(findings(steps, chosen[null])))
-        print("\nwhere the nulls disagree:")
-        print("  " + "\n  ".join(disagreement(steps, chosen["chain"], chosen["mp"])) + "\n")
+        print_answers(steps, circuit, chosen)
         runs.append((f"{path.name}: {config.attn}, {circuit}", steps, chosen[args.null]))
         result.append({"path": str(path), "config": asdict(config), "steps": steps, **plain(diagnosed)})
     if not runs:
@@ -599,9 +610,8 @@ def main():
         result = result[0] | {"spectra": plain(found)}
         count, energy = (known_mean(chosen["chain"][name].ravel()) for name in ("outliers", "outlier_energy"))
         seen = f"{count:.1f} outliers per head ({circuit}), with {energy:.0%} of the energy"
-        draw_model(
-            figure, config, found, diagnosed, f"Eigenvalues of W_Q W_K^T of {config.attn} at step {steps[0]}\n{seen}"
-        )
+        title = f"Eigenvalues of W_Q W_K^T of {config.attn} at step {steps[0]}\n{seen}"
+        draw_model(figure, config, found, diagnosed, title)
     data.write_text(json.dumps(result))
     print(f"wrote {data} and {figure}")
 
