@@ -374,7 +374,7 @@ def compare(rows):
                 if row.get("val_loss") and r.get("val_loss"):
                     row["loss_to_mha"] = row["val_loss"] / r["val_loss"] - 1
                     row["loss_to_mha_error"] = None  # of an mha further down
-                    if row is not r and row.get("val_loss_error") and r.get("val_loss_error"):
+                    if row is not r and None not in (row.get("val_loss_error"), r.get("val_loss_error")):
                         relative = math.hypot(*(one["val_loss_error"] / one["val_loss"] for one in (row, r)))
                         row["loss_to_mha_error"] = relative * row["val_loss"] / r["val_loss"]
             if row["rank"] and (r["attn"], r["rank"], r["joint"]) == (row["attn"], 1.0, row["joint"]):
@@ -423,7 +423,7 @@ def tables(report, columns, markdown=False):
 
 
 def advice(rows):
-    """What the longest context says, in words."""
+    """What the longest context of the first device, dtype and batch says, in words."""
     longest = max(rows, key=lambda row: row["context"])
     rows = alike(rows, longest, GROUP)
     fastest, smallest = max(rows, key=speed), min(rows, key=lambda row: row["kv_bytes"])
@@ -537,8 +537,11 @@ def parse_arguments():
     add("--out", type=Path, default=Path("."), help="folder for bench.json and bench.png (here)")
     add("--table", type=Path, metavar="FILE", help="print the tables of a bench.json in Markdown, and stop")
     args = parser.parse_args()
+    if args.table:
+        return args
     for name in ("batch", "context", "rounds", "judge"):
-        if any(n < 1 for n in np.ravel(getattr(args, name) or 1)):
+        given = getattr(args, name)
+        if given is not None and np.min(given) < 1:
             raise ValueError(f"--{name}: must be at least 1")
     if args.judge and not args.checkpoints:
         raise ValueError("--judge: name the checkpoints whose stories shall be judged")

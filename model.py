@@ -155,13 +155,14 @@ def attend(q, k, v, scale, dropout=0.0, places=slice(None)):
     places: where the T queries stand among the S tokens, slice(S - T, S); or, in a compiled decoder, a tensor of one
     place, with nothing in the cache behind it yet. Dropout is for training, where T = S."""
     (B, H, T, w), (G, S) = q.shape, k.shape[1:3]
-    if T == S <= 1024 and q.device.type == "cpu" and torch.is_grad_enabled():
+    whole = T == S and not torch.is_tensor(places)
+    if whole and T <= 1024 and q.device.type == "cpu" and torch.is_grad_enabled():
         # Training on a CPU: plain products take less time than the fused kernel's backward pass, but T x T numbers.
         q, k, v = q.unflatten(1, (G, -1)) * scale, k.unsqueeze(2), v.unsqueeze(2)  # (B, G, H/G or 1, T, w)
         scores = q @ k.mT
         scores = scores + torch.full((T, T), -math.inf, dtype=scores.dtype).triu(1)
         return (F.dropout(scores.softmax(-1).to(v.dtype), dropout) @ v).flatten(1, 2)
-    if T == S:  # training, or a whole prompt: fused kernels know this mask by themselves
+    if whole:  # training, or a whole prompt: fused kernels know this mask by themselves
         options = dict(dropout_p=dropout, is_causal=T > 1, scale=scale, enable_gqa=G < H)
         return F.scaled_dot_product_attention(q, k, v, **options)
     # Heads that share keys become more queries of one head, so that each key is read once for all of them.
@@ -530,7 +531,7 @@ class GPT(nn.Module):
         places = torch.zeros(1, dtype=torch.long, device=cache.rows.device)
 
         def decode(idx):
-            if idx.size(1) > 1 or cache.pos == cache.max_len:  # a prompt; or one token too many, which forward refuses
+            if idx.size(1) != 1 or cache.pos == cache.max_len:  # a prompt; or one token too many, which forward refuses
                 return uncompiled(idx)
             places.fill_(cache.pos)
             cache.pos += 1
@@ -602,8 +603,9 @@ def load_checkpoint(path, device="cpu"):
     try:
         config, weights = GPTConfig(**checkpoint["config"]), checkpoint["model"]
         # A small file must not ask for a large model, by its configuration or by tensors that repeat their numbers.
-        if config.n_layer > len(weights):
-            raise ValueError(f"n_layer={config.n_layer}, but only {len(weights)} weights")
+        layers = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
+        if len(layers) != config.n_layer:
+            raise ValueError(f"n_layer={config.n_layer}, but weights of {len(layers)} layers")
         if sum(w.nbytes for w in weights.values()) > os.path.getsize(path):
             raise ValueError("the weights are larger than the file")
         if not all(w.is_floating_point() for w in weights.values()):

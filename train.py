@@ -186,15 +186,16 @@ def together(work, device, stop=()):
             work()
     except Exception as error:
         failure = error
-    news = torch.tensor([float(failure is not None), float(bool(stop))], device=device)
+    failed, asked = failure is not None, bool(stop)
     if dist.is_initialized():
         try:
+            news = torch.tensor([float(failed), float(asked)], device=device)
             dist.all_reduce(news)
+            failed, asked = news.bool().tolist()
         except RuntimeError as gone:
             failure = failure or gone
     if failure:
         raise failure
-    failed, asked = news.bool().tolist()
     if failed:
         raise OSError("another process failed, see its message")
     return asked
@@ -314,8 +315,8 @@ class Run:
         self.out = Path(options.out)
         if self.out.exists() and not self.out.is_dir():
             raise ValueError(f"--out={options.out}: is a file; name a folder")
-        self.process, self.processes, self.device = join_processes(options.batch_size, options.device)
-        self.leader = self.process == 0  # it alone reports and writes
+        self.process_index, self.world_size, self.device = join_processes(options.batch_size, options.device)
+        self.leader = self.process_index == 0  # it alone reports and writes
 
         self.meta, self.train_tokens, self.val_tokens = open_data(options.data, self.leader, self.device)
         self.tokenizer = load_tokenizer(self.meta["tokenizer"])
@@ -352,7 +353,7 @@ class Run:
             except Exception as error:  # anything can stand in the file
                 raise ValueError(f"--resume: {options.out}/last.pt is damaged: {error!r}"[:300]) from error
         net = torch.compile(self.model) if options.compile else self.model
-        self.net = DistributedDataParallel(net) if self.processes > 1 else net
+        self.net = DistributedDataParallel(net) if self.world_size > 1 else net
         kind = torch.device(self.device).type
         self.autocast = torch.autocast(kind, torch.bfloat16, enabled=options.dtype == "bfloat16")
 
@@ -380,23 +381,23 @@ class Run:
     def step(self, step):
         """Forward, backward and update on the batches of this step. FloatingPointError if they are not finite."""
         options = self.options
-        torch.manual_seed(options.seed + step * self.processes + self.process)  # dropout
+        torch.manual_seed(options.seed + step * self.world_size + self.process_index)  # dropout
         chance = np.random.default_rng((options.seed, step))
         rows = chance.integers(len(self.starts), size=(options.grad_accum, options.batch_size))
         total = 0.0
-        for i, chosen in enumerate(rows[:, self.process :: self.processes]):
+        for i, chosen in enumerate(rows[:, self.process_index :: self.world_size]):
             starts, tokens, block_size = self.starts[chosen], self.train_tokens, self.config.block_size
             lengths = np.minimum(block_size, len(tokens) - 1 - starts)  # rows are full: their last story may break off
             idx, targets = batch(tokens, starts, lengths, block_size, self.device)
-            wait = self.processes > 1 and i < options.grad_accum - 1  # processes add their gradients once
+            wait = self.world_size > 1 and i < options.grad_accum - 1  # processes add their gradients once
             with self.net.no_sync() if wait else nullcontext():
                 with self.autocast:
                     loss = self.net(idx, targets)[1] / options.grad_accum
                 loss.backward()
             total += loss.detach()
-        if self.processes > 1:
+        if self.world_size > 1:
             dist.all_reduce(total)
-            total /= self.processes
+            total /= self.world_size
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), options.grad_clip)
         if not (math.isfinite(total) and math.isfinite(norm)):
             raise FloatingPointError(f"step {step}: loss {total:.4g}, gradient norm {norm:.4g}; {self.rescue()}")
@@ -466,7 +467,7 @@ class Run:
             rate = len(self.losses) * self.tokens_per_step / self.seconds
             left = str(timedelta(seconds=round((self.options.steps - step) * self.tokens_per_step / rate)))
             peak = peak_flops(self.device)
-            mfu = peak and rate * flops_per_token(self.model) / (peak * self.processes)
+            mfu = peak and rate * flops_per_token(self.model) / (peak * self.world_size)
         tqdm.write(
             f"{step:6}{cell(loss, 8, '.4f')}{val_loss:8.4f}{cell(excess, 8, '.4f')}"
             f"{cell(rate, 10, ',.0f')}{cell(mfu, 6, '.0%')}{cell(left, 9)}"

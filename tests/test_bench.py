@@ -305,6 +305,8 @@ def test_stories_of_a_checkpoint_are_judged(script, data, tmp_path, monkeypatch)
         (["nothing.pt"], "no such file"),
         (["--table=nothing.json"], "cannot be read"),
         (["--rounds=x"], "invalid int"),
+        (["--rounds=0"], "--rounds: must be at least 1"),
+        (["--judge=0"], "--judge: must be at least 1"),
     ],
 )
 def test_wrong_input_ends_in_one_line(arguments, says, script):

@@ -300,8 +300,8 @@ def check_decoder(attn, joint, absorb, dtype, tolerance, compiled):
         wanted = exact(idx, idx)[0]
         cache = model.init_cache(3, absorb=absorb)
         cache.rows.fill_(7.0)  # what empty places hold must not matter
-        model(idx[:, :4], cache=cache)
         decode = model.decoder(cache, compiled)
+        assert (decode(idx[:, :4]).double() - wanted[:, 3]).abs().max() < tolerance
         for place in range(4, 12):
             logits = decode(idx[:, place : place + 1]).double()
             assert (logits - wanted[:, place]).abs().max() < tolerance
@@ -337,6 +337,16 @@ def test_all_caches_of_a_model_share_one_graph(graphs):
                 logits = decode(idx[:, place : place + 1])
             close(logits, model(idx[:, : place + 1])[0][:, -1])
     assert len(graphs) == 1
+
+
+def test_a_compiled_decoder_takes_a_cache_of_one_token(graphs):
+    """After caches and variants of other shapes, when PyTorch compiles for any shape."""
+    with torch.no_grad():
+        for attn, max_len in (("mha", 1), ("mha", 4), ("gqa", 1)):
+            model = GPT(GPTConfig(attn=attn, n_layer=1, n_head=4, n_embd=16, vocab_size=11, block_size=12)).eval()
+            idx = torch.tensor([[5]])
+            decode = model.decoder(model.init_cache(1, max_len), compiled=True)
+            close(decode(idx), model(idx)[0][:, -1])
 
 
 @over(VARIANTS, 6)
