@@ -217,6 +217,7 @@ def prepare(source="stories", stories=None, tokenizer=None, seed=0, root=DATA):
                     tokens += len(story) + 1
                     nats.append(story_nats)
             meta |= {f"{split}_stories": count, f"{split}_tokens": tokens}
+        next(documents, None)  # lets it come to its end, and close its progress bar, before anything is printed
         known = source == "stories"  # nats per token, the end included: what a perfect model would lose on val.bin
         meta |= {"vocab_size": encoding.n_vocab, "floor": sum(nats) / tokens if known else None}
         meta["val_nats"] = nats if known else None
