@@ -373,8 +373,9 @@ class Run:
         self.optimizer.load_state_dict({"state": state, "param_groups": mine})
         self.first, self.best, self.losses, self.seconds = (last[k] for k in ("step", "best", "losses", "seconds"))
         numbers = [self.best, self.seconds, *self.losses]
-        right = all(type(n) in (int, float) and n == n for n in numbers) and type(self.losses) is list
-        if not right or self.seconds < 0 or type(self.first) is not int or not 0 <= self.first <= self.options.steps:
+        right = type(self.losses) is list and all(type(n) is float and n == n for n in numbers)
+        right = right and 0 <= self.seconds < 1e9 and type(self.first) is int
+        if not right or not 0 <= self.first <= self.options.steps:
             raise ValueError("step, best, losses or seconds are no numbers of this run")
         self.seconds = max(self.seconds, 1e-9)  # losses without time would be infinitely fast
 
@@ -465,7 +466,8 @@ class Run:
         if self.losses:
             loss = sum(self.losses) / len(self.losses)
             rate = len(self.losses) * self.tokens_per_step / self.seconds
-            left = str(timedelta(seconds=round((self.options.steps - step) * self.tokens_per_step / rate)))
+            left = (self.options.steps - step) * self.seconds / len(self.losses)
+            left = str(timedelta(seconds=round(min(left, 1e9))))  # more than a timedelta holds is no forecast
             peak = peak_flops(self.device)
             mfu = peak and rate * flops_per_token(self.model) / (peak * self.world_size)
         tqdm.write(

@@ -304,9 +304,12 @@ def test_a_hostile_last_checkpoint_is_refused_or_harmless(stopped, tmp_path_fact
         lambda last: last.update(step=1),
         lambda last: last["optimizer"]["state"].clear(),
         lambda last: last["optimizer"]["state"][0].update(step=torch.tensor(1.0)),
+        lambda last: last.update(seconds=1e16),
+        lambda last: last.update(seconds=float("inf")),
+        lambda last: last.update(losses=[10**400]),
     ],
 )
-def test_a_last_checkpoint_put_together_from_two_is_refused(change, stopped, tmp_path):
+def test_a_last_checkpoint_that_no_run_could_write_is_refused(change, stopped, tmp_path):
     last = copy.deepcopy(stopped[0])
     change(last)
     torch.save(last, tmp_path / "last.pt")
