@@ -590,6 +590,8 @@ def load_checkpoint(path, device="cpu"):
 
     Only tensors and plain values are ever unpickled. Raises ValueError if the file is missing, truncated, of another
     format, or does not fit its own configuration."""
+    if os.path.isdir(path):
+        raise ValueError(f"{path}: is a folder; name a checkpoint in it, such as {os.path.join(path, 'ckpt.pt')}")
     if not os.path.isfile(path):
         raise ValueError(f"{path}: no such file; python train.py writes checkpoints to out/ckpt.pt")
     check_device(device)

@@ -22,7 +22,7 @@ import torch
 import torch._dynamo  # AdamW would import it in every child
 
 import train
-from data.prepare import Parser, prepare
+from data.prepare import Parser, prepare, run
 from model import load_checkpoint
 
 FLAGS = "--n_layer=1 --n_head=2 --n_embd=32 --block_size=64 --batch_size=4 --steps=100 --eval_interval=5 --eval_steps=1"
@@ -87,8 +87,12 @@ def kill(times, seed=0, folder=None):
     return ended
 
 
-if __name__ == "__main__":
+def main():
     parser = Parser(description=__doc__.split(":")[0])
     parser.add_argument("times", nargs="?", type=int, default=100, help="how often (default: 100)")
     times = parser.parse_args().times
     print(f"killed {times} times: nothing lost; {kill(times)} runs reached their end, each as if never killed")
+
+
+if __name__ == "__main__":
+    run(main)

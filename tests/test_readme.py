@@ -46,7 +46,7 @@ def test_python_of_the_readme_runs(capsys):
     assert len(blocks) == 2
     for block in blocks:
         exec(textwrap.dedent(block), {})
-    assert "outlier_energy" in capsys.readouterr().out
+    assert "of the edge" in capsys.readouterr().out
 
 
 def test_your_own_text_goes_all_the_way(tmp_path, monkeypatch, call):
