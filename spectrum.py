@@ -569,9 +569,6 @@ def main():
     args = parser.parse_args()
     dynamics = any(path.is_dir() for path in args.paths)
     if not dynamics and len(args.paths) > 1:
-        for path in args.paths:
-            if not path.exists():
-                raise ValueError(f"{path}: no such folder; python train.py writes a run into its --out")
         raise ValueError("give one checkpoint, or one or more run folders: " + " ".join(map(str, args.paths)))
     if args.out and args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out={args.out}: must be a folder")
