@@ -11,7 +11,7 @@ what the machine can do.
 A decode step has to read all weights and the cache once, and to multiply with them. The time that the slower of the two
 would take at this machine's own speed, measured in the same run, is the roofline; "roofline" is its share of the time
 that was taken. "expanded" makes keys and values of all cached latents at every step; "absorbed" attends to the latents
-(mla_rope has to make its keys). Tokens per second are those of all sequences of the batch together.
+(mla_rope cannot). Tokens per second are those of all sequences of the batch together.
 """
 
 import json
@@ -26,11 +26,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from data.judge import judge, mean_and_error, questions, split_stories
-from data.prepare import DATA, Parser, load_data, load_tokenizer, run
-from model import ATTN, GPT, SIZES, GPTConfig, check_device, fast_bfloat16, load_checkpoint
+from data.prepare import DATA, Parser, check_device, fast_bfloat16, load_data, load_tokenizer, run
+from model import ABSORBS, ATTN, GPT, MLA, SIZES, GPTConfig, load_checkpoint
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 COLOURS = dict(zip(ATTN, ("k", "#999999", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00"), strict=True))
@@ -137,17 +138,16 @@ def decode_cost(config, parameters, batch, context, itemsize, absorbed):
 
     Weights and cache count once; parameters are those without a table of positions, of which a step reads one row."""
     d, h, H, L = config.n_embd, config.head_dim, config.n_head, config.n_layer
-    r, R = config.rank and config.latent_dim, config.rope_dim or 0
+    r, R = config.latent_dim, config.rope_dim or 0
     expand = 0  # FLOPs per cached token and layer, to make what is not cached of all but the new token
-    if not config.attn.startswith("mla"):
+    if config.attn not in MLA:
         attend = 2 * H * (h + h)
     elif not absorbed:
         attend, expand = 2 * H * (h + R + h), 2 * 2 * r * d
-    elif config.attn == "mla_rope":
-        attend, expand = 2 * H * (h + r), 2 * r * d
     else:
         attend = 2 * H * (r + R + r)
-    read = itemsize * (parameters + L * batch * context * config.kv_heads * config.cache_width)
+    cached = sum(map(math.prod, config.cache_shapes.values()))
+    read = itemsize * (parameters + L * batch * context * cached)
     return read, 2 * parameters * batch + L * batch * (context * attend + (context - 1) * expand)
 
 
@@ -194,20 +194,24 @@ def check_memory(config, batch, context, dtype, device):
 @torch.no_grad()
 def decode(model, batch, context, absorb, device):
     """Time a step that decodes one token for each sequence with `context` tokens cached: its seconds, and the cache's
-    bytes per token."""
-    cache = model.init_cache(batch, context + 1, absorb)
-    cache.rows.copy_(torch.randn(cache.rows.shape[-2:]))  # the same in all sequences and layers
+    bytes per token. On CUDA the step is compiled into one graph, without Python in between."""
+    cache = model.init_cache(batch, absorb)
+    cache.reserve(context + 1)
+    for layer in cache.layers:
+        for tensor in layer.values():
+            tensor.copy_(torch.randn(tensor.shape[-2:]))  # the same in all sequences and layers
     token = torch.zeros(batch, 1, dtype=torch.long, device=device)
-
-    if cache.rows.is_cuda:
+    positions = torch.tensor([context], device=device)
+    hidden = model.hidden
+    if device.startswith("cuda"):
         torch._dynamo.reset()  # a graph is compiled for each cache: forget those of caches that are gone
-    decode_next = model.decoder(cache)
+        hidden = torch.compile(model.hidden, mode="reduce-overhead", fullgraph=True)
 
     def step():
-        cache.pos = context
-        token.copy_(decode_next(token).argmax(-1, keepdim=True))
+        logits = F.linear(hidden(token, positions, cache)[:, -1], model.token_embedding.weight)
+        token.copy_(logits.argmax(-1, keepdim=True))
 
-    return np.median(seconds(step, device)), cache.nbytes / (batch * (context + 1))
+    return np.median(seconds(step, device)), cache.nbytes / (batch * cache.size)
 
 
 def train(config, dtype, device, batch=32, context=128):
@@ -229,11 +233,11 @@ def train(config, dtype, device, batch=32, context=128):
 def measure(model, dtype, batch, context, device, ceiling):
     """A row of the table: what one model costs at one batch and context."""
     config = model.config
-    parameters = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("positions"))
+    parameters = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("position"))
     row = {"attn": config.attn, "rank": config.rank, "joint": config.joint, "parameters": parameters / 1e6}
     row |= {"batch": batch, "context": context, "dtype": str(dtype)[6:], "device": device}
     row |= {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
-    for way, absorb in (("expanded", False), ("absorbed", None))[: 1 + config.attn.startswith("mla")]:
+    for way, absorb in (("expanded", False), ("absorbed", True))[: 1 + (config.attn in ABSORBS)]:
         taken, row["kv_bytes"] = decode(model, batch, context, absorb, device)
         row[way] = batch / taken
     row["speed"] = speed(row)
@@ -252,9 +256,10 @@ def measure(model, dtype, batch, context, device, ceiling):
 def sample(model, tokenizer, count, temperature=0.8, seed=0):
     """Stories that a model tells from their first word on, as texts."""
     end, texts = tokenizer.eot_token, []
-    generator = torch.Generator(model.tokens.weight.device).manual_seed(seed)
+    device = model.token_embedding.weight.device
+    generator = torch.Generator(device).manual_seed(seed)
     while len(texts) < count:
-        idx = torch.full((min(64, count), 1), end, device=model.tokens.weight.device)  # one shape, one graph
+        idx = torch.full((min(64, count), 1), end, device=device)
         room = model.config.block_size - 1
         stories = model.generate(idx, room, temperature, generator=generator, stop=end)[:, 1:].tolist()
         texts += [tokenizer.decode(s[: s.index(end)] if end in s else s) for s in stories]
@@ -271,7 +276,7 @@ def recall(model, stories, tokenizer):
     for number, (story, questions_of) in enumerate(zip(stories, questions(stories, tokenizer), strict=True)):
         if len(story) > model.config.block_size:
             continue
-        idx = torch.tensor([[tokenizer.eot_token, *story[:-1]]], device=model.tokens.weight.device)
+        idx = torch.tensor([[tokenizer.eot_token, *story[:-1]]], device=model.token_embedding.weight.device)
         logits = model(idx, idx)[0][0].double().cpu()
         for question in questions_of:
             p, left = 1.0, question.candidates
@@ -298,8 +303,6 @@ def judged(loaded, count, device):
     told, rows = [], {}
     for path, (model, _) in (bar := tqdm(loaded.items(), leave=False)):
         bar.set_postfix_str(f"{path} tells {count} stories")
-        if device.startswith("cuda"):
-            torch._dynamo.reset()  # as in decode
         told += sample(model.to(device), tokenizer, count)
         story, distances, p = recall(model, unseen, tokenizer)
         bins = np.digitize(distances, DISTANCES) - 1

@@ -28,7 +28,7 @@ from scipy.optimize.elementwise import find_root
 from scipy.special import entr
 
 from data.prepare import Parser, run
-from model import GPTConfig, load_checkpoint
+from model import MLA, GPTConfig, load_checkpoint
 
 NULLS = ("chain", "mp")
 CIRCUITS = ("content", "rotary", "both")  # which part of a head's key; only mla_decoupled has more than content
@@ -132,20 +132,22 @@ class SampledLaw:
 
 
 @cache
-def decoupled_law(d, width, r, rope_dim, strength):
+def decoupled_law(d, width, r, rope_dim, strength, q=None):
     """The law of content and rotary part together: queries (d, width + R), keys [W_DK^T W_UK | W_KR], where the entries
     of the rotary part's M are `strength` times what they are if all weights are alike. Simulated: 4 draws from a fixed
     seed, at a multiple of the shape that has at least 256 eigenvalues, or is 2,048 wide."""
-    times = max(1, min(math.ceil(256 / min(d, width + rope_dim, r + rope_dim)), 2048 // d))
-    d, width, r, rope_dim = (times * size for size in (d, width, r, rope_dim))
+    times = max(1, min(math.ceil(256 / min(d, width + rope_dim, r + rope_dim, q or d)), 2048 // d))
+    d, width, r, rope_dim, q = (times * size for size in (d, width, r, rope_dim, q or 0))
     generator = torch.Generator().manual_seed(0)
 
     def gaussian(*shape):
         return torch.randn(shape, generator=generator)
 
     def draw():
-        content = [gaussian(d, width), gaussian(width, r) * r**-0.5, gaussian(r, d)]
-        return eigenvalues(both([content], [[strength * gaussian(d, rope_dim), gaussian(rope_dim, d)]])[0])
+        front = [gaussian(d, q) * q**-0.5] if q else []  # the queries' latent
+        content = [*front, gaussian(q or d, width), gaussian(width, r) * r**-0.5, gaussian(r, d)]
+        rotary = [*front, strength * gaussian(q or d, rope_dim), gaussian(rope_dim, d)]
+        return eigenvalues(both([content], [rotary])[0])
 
     return SampledLaw([draw() for _ in range(4)])
 
@@ -154,14 +156,14 @@ def paths(config):
     """{circuit: {"heads": dims, "layer": dims}}: the shapes along a head's W_Q W_K^T, and along a layer's."""
     d, h, R = config.n_embd, config.head_dim, config.rope_dim
     heads = (config.kv_heads if config.attn == "gqa" else config.n_head) * h  # heads that share keys add up to one
-    behind = (d,)
+    front, behind = (d,) if config.q_rank is None else (d, config.q_dim), (d,)
     if config.attn.startswith("mla"):
         behind = (config.latent_dim, d, d) if config.attn == "mla_prerope" else (config.latent_dim, d)
-    found = {"content": {"heads": (d, h, *behind), "layer": (d, heads, *behind)}}
+    found = {"content": {"heads": (*front, h, *behind), "layer": (*front, heads, *behind)}}
     if R:
-        found["rotary"] = {"heads": (d, R, d), "layer": (d, R, d)}
+        found["rotary"] = {"heads": (*front, R, d), "layer": (*front, R, d)}
         r = config.latent_dim
-        found["both"] = {"heads": (d, h + R, r + R, d), "layer": (d, d + R, r + R, d)}
+        found["both"] = {"heads": (*front, h + R, r + R, d), "layer": (*front, d + R, r + R, d)}
     return found
 
 
@@ -171,7 +173,8 @@ def rotary_strength(config, spectra, level):
     size = {}
     for circuit in ("content", "rotary"):
         dims = paths(config)[circuit][level]
-        unit = chain_law(dims).median * dims[0] ** 2 * dims[1] / min(dims)  # the median, if entries have variance 1
+        width = dims[1 if config.q_rank is None else 2]
+        unit = chain_law(dims).median * dims[0] ** 2 * width / min(dims)  # the median, if entries have variance 1
         size[circuit] = np.median(np.median(spectra[circuit][level], -1), -1) / unit
     with np.errstate(all="ignore"):  # eigenvalues are squares: twice their log2 is four times that of the entries
         quarters = np.round(2 * np.log2(size["rotary"] / size["content"]))
@@ -197,9 +200,8 @@ def laws(config, null, spectra):
         if circuit != "both":
             return chain_law(dims)
         strengths = rotary_strength(config, spectra, level)
-        return LawPerLayer(
-            [[decoupled_law(d, dims[1] - R, config.latent_dim, R, s) for s in step] for step in strengths]
-        )
+        width, q = (config.head_dim if level == "heads" else d), config.q_rank and config.q_dim
+        return LawPerLayer([[decoupled_law(d, width, config.latent_dim, R, s, q) for s in step] for step in strengths])
 
     return {c: {level: law(c, level, dims) for level, dims in levels.items()} for c, levels in paths(config).items()}
 
@@ -270,24 +272,55 @@ def against_nulls(config, spectra):
     }
 
 
-def whole_layer(chains):
-    """The chains of a layer's heads -> the factors of the sum of their products. Heads that share keys (gqa; the rotary
-    part) add their queries, the others stand side by side."""
+def qk_chains(model, layer, head):
+    """The factors whose product is this head's W_Q W_K^T (d, d), in {"content": [...], "rotary": [...]}.
+
+    Queries, then keys: two factors for MHA and GQA, three for MLA, four for mla_prerope; compressed queries (q_rank) put
+    W_DQ in front. "rotary" for mla_decoupled alone. RoPE is left out, and so is what a latent norm does to each token;
+    its gain is kept."""
+    attn, config = model.blocks[layer].attn, model.config
+
+    def of_head(linear, index, width):  # the columns of W (d_in, heads * width) that belong to one head
+        return linear.weight.detach().T[:, index * width : (index + 1) * width]
+
+    def down(linear, norm):  # W_D (d, r), times the gain
+        return linear.weight.detach().T * getattr(norm, "weight", torch.ones(1)).detach()
+
+    h = config.head_dim
+    if config.attn not in MLA:
+        key = of_head(attn.w_k, head * config.kv_heads // config.n_head, h)
+        return {"content": [of_head(attn.w_q, head, h), key.T]}
+    front = [] if config.q_rank is None else [down(attn.w_dq, attn.norm_q)]
+    query = attn.w_q if config.q_rank is None else attn.w_uq
+    content = [*front, of_head(query, head, h), of_head(attn.w_uk, head, h).T, down(attn.w_dk, attn.norm_k).T]
+    if config.attn == "mla_prerope":
+        content.append(attn.w_k.weight.detach())
+    if config.attn != "mla_decoupled":
+        return {"content": content}
+    rotary = [*front, of_head(attn.w_qr, head, config.rope_dim), attn.w_kr.weight.detach()]
+    return {"content": content, "rotary": rotary}
+
+
+def whole_layer(chains, at):
+    """The chains of a layer's heads -> the factors of the sum of their products; `at`: where queries stand in a chain.
+    Heads that share keys (gqa; the rotary part) add their queries, the others stand side by side."""
     queries, keys = {}, {}
-    for query, key, *_ in chains:
+    for chain in chains:
+        query, key = chain[at : at + 2]
         shared = key.data_ptr()
         queries[shared] = queries[shared] + query if shared in queries else query
         keys[shared] = key
-    return [torch.cat([*queries.values()], dim=1), torch.cat([*keys.values()]), *chains[0][2:]]
+    front, behind = chains[0][:at], chains[0][at + 2 :]
+    return [*front, torch.cat([*queries.values()], dim=1), torch.cat([*keys.values()]), *behind]
 
 
 def both(content, rotary):
     """The chains of mla_decoupled's heads, twice -> of their sums: queries side by side, keys below each other."""
-    latent = torch.cat((content[0][2], rotary[0][1]))  # (r + R, d), shared by the heads
-    identity = torch.eye(rotary[0][1].size(0))
+    latent = torch.cat((content[0][-1], rotary[0][-1]))  # (r + R, d), shared by the heads
+    identity = torch.eye(rotary[0][-1].size(0))
     return [
-        [torch.cat((q, q_r), dim=1), torch.block_diag(w_uk, identity.to(w_uk)), latent]
-        for (q, w_uk, _), (q_r, _) in zip(content, rotary, strict=True)
+        [*front, torch.cat((q, q_r), dim=1), torch.block_diag(w_uk, identity.to(w_uk)), latent]
+        for (*front, q, w_uk, _), (*_, q_r, _) in zip(content, rotary, strict=True)
     ]
 
 
@@ -301,11 +334,12 @@ def spectra(model):
     layer's, its heads together. NaN where weights are not finite."""
     layers = []
     for layer in range(model.config.n_layer):
-        heads = [model.qk_chains(layer, head) for head in range(model.config.n_head)]
+        heads = [qk_chains(model, layer, head) for head in range(model.config.n_head)]
         chains = {}
         for circuit in heads[0]:
             of_heads = [head[circuit] for head in heads]
-            chains[circuit] = {"heads": of_heads, "layer": [whole_layer(of_heads)]}
+            at = 0 if model.config.q_rank is None else 1
+            chains[circuit] = {"heads": of_heads, "layer": [whole_layer(of_heads, at)]}
         if "rotary" in chains:
             content, rotary = chains["content"], chains["rotary"]
             chains["both"] = {level: both(content[level], rotary[level]) for level in content}

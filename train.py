@@ -29,8 +29,18 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data.prepare import DATA, Parser, load_data, load_tokenizer, prepare, run, wrap
-from model import ATTN, FORMAT, GPT, SIZES, GPTConfig, check_device, fast_bfloat16, load_checkpoint, tell
+from data.prepare import (
+    DATA,
+    Parser,
+    check_device,
+    fast_bfloat16,
+    load_data,
+    load_tokenizer,
+    prepare,
+    run,
+    wrap,
+)
+from model import ATTN, FORMAT, GPT, SIZES, GPTConfig, load_checkpoint, tell
 from spectrum import snapshot
 
 BUDGETS = {  # the training that suits a size
@@ -102,6 +112,8 @@ MODEL_HELP = {
     "attn": "attention",
     "rank": "width of the latent / n_embd, or key/value heads / n_head for gqa (0.5, where it means something)",
     "joint": "one latent for keys and values: mla, mla_rope, mla_decoupled",
+    "latent_norm": "an RMSNorm on each latent (mla variants)",
+    "q_rank": "width of the latent for queries / n_embd (mla variants; none)",
     "rope_dim": "width of the rotary part of mla_decoupled (half a head)",
     "rope_base": "base of RoPE's wavelengths",
     "dropout": "probability",

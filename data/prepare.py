@@ -74,6 +74,26 @@ def wrap(text):
     return "\n".join(textwrap.fill(line, 80, break_on_hyphens=False) for line in text.split("\n"))
 
 
+def check_device(device):
+    """Raise ValueError if there is no such device on this machine."""
+    import torch  # here, because making data needs no torch
+
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device={device}: not available: {str(error).splitlines()[0]}") from error
+
+
+def fast_bfloat16(device):
+    """Does this device multiply matrices faster in bfloat16 than in float32?"""
+    import torch
+
+    if device.startswith("cuda"):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+
+
 def load_tokenizer(name):
     """The tiktoken.Encoding of that name: "stories" (ships with this file) or "gpt2" (downloaded once by tiktoken)."""
     if name == "stories":

@@ -20,6 +20,10 @@ def norm(x, gain):
     return gain * centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5)
 
 
+def rms_norm(x, gain):
+    return gain * x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
+
+
 def rope(x, positions, base):
     """RoPE as multiplication of complex numbers: x_i + j x_{i + w/2} turns by position * base^(-2i/w)."""
     w = x.shape[-1]
@@ -34,23 +38,28 @@ def attend(q, k, v, scale):
 
 
 def attention(config, w, x, positions):
-    """The attention of one block. w[name] is the matrix of the equations: (d_in, d_out)."""
+    """The attention of one block. w[name] is the matrix of the equations, (d_in, d_out), or the gain of a norm."""
     d, H, R, attn, base = config.n_embd, config.n_head, config.rope_dim, config.attn, config.rope_base
     h = d // H
+
+    def latent(source, name):
+        c = source @ w[f"w_d{name}"]
+        return rms_norm(c, w[f"norm_{name}"]) if config.latent_norm else c
 
     if attn == "mla_prerope":
         keys = x @ w["w_k"]
         turned = [rope(keys[:, i * h : (i + 1) * h], positions, base) for i in range(H)]
-        c_k = np.concatenate(turned, axis=1) @ w["w_dk"]
+        c_k = latent(np.concatenate(turned, axis=1), "k")
     elif attn.startswith("mla"):
-        c_k = x @ w["w_dk"]
+        c_k = latent(x, "k")
     if attn.startswith("mla"):
-        c_v = c_k if config.joint else x @ w["w_dv"]
+        c_v = c_k if config.joint else latent(x, "v")
+    c_q, w_q = (x, w["w_q"]) if config.q_rank is None else (latent(x, "q"), w["w_uq"])
 
     y = []
     for i in range(H):
         head = slice(i * h, (i + 1) * h)
-        q = x @ w["w_q"][:, head]
+        q = c_q @ w_q[:, head]
         if attn.startswith("mla"):
             k, v = c_k @ w["w_uk"][:, head], c_v @ w["w_uv"][:, head]
         else:
@@ -64,10 +73,8 @@ def attention(config, w, x, positions):
             q = rope(q, positions, base)
         scale = 1 / math.sqrt(h)
         if attn == "mla_decoupled":
-            q_r, k_r = (
-                rope(x @ w["w_qr"][:, i * R : (i + 1) * R], positions, base),
-                rope(x @ w["w_kr"], positions, base),
-            )
+            q_r = rope(c_q @ w["w_qr"][:, i * R : (i + 1) * R], positions, base)
+            k_r = rope(x @ w["w_kr"], positions, base)
             q, k = np.concatenate((q, q_r), axis=1), np.concatenate((k, k_r), axis=1)
             scale = 1 / math.sqrt(h + R)
         y.append(attend(q, k, v, scale))
@@ -77,17 +84,17 @@ def attention(config, w, x, positions):
 def logits_of(config, state, tokens):
     """The logits (T, V) of one sequence of tokens (T,); state: name -> array, the model's state_dict."""
     positions = np.arange(len(tokens))
-    x = state["tokens.weight"][tokens]
+    x = state["token_embedding.weight"][tokens]
     if config.attn in ("mha", "mla"):
-        x = x + state["positions.weight"][positions]
+        x = x + state["position_embedding.weight"][positions]
     for layer in range(config.n_layer):
         block = f"blocks.{layer}."
         prefix = block + "attn."
         w = {name[len(prefix) : -len(".weight")]: a.T for name, a in state.items() if name.startswith(prefix)}
-        x = x + attention(config, w, norm(x, state[block + "norm_1.weight"]), positions)
-        u = norm(x, state[block + "norm_2.weight"]) @ state[block + "mlp.up.weight"].T
-        x = x + (u * (1 + erf(u / math.sqrt(2))) / 2) @ state[block + "mlp.down.weight"].T
-    return norm(x, state["norm.weight"]) @ state["tokens.weight"].T
+        x = x + attention(config, w, norm(x, state[block + "attn_norm.weight"]), positions)
+        u = norm(x, state[block + "mlp_norm.weight"]) @ state[block + "mlp_up.weight"].T
+        x = x + (u * (1 + erf(u / math.sqrt(2))) / 2) @ state[block + "mlp_down.weight"].T
+    return norm(x, state["final_norm.weight"]) @ state["token_embedding.weight"].T
 
 
 def forward(model, tokens):

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import asdict
 from functools import partial
 
 import numpy as np
@@ -146,6 +147,13 @@ def full_matrices(model, layer):
     attn, config = model.blocks[layer].attn, model.config
     w = {name: p.detach().double().numpy().T for name, p in attn.named_parameters()}
     w = {name.split(".")[0]: value for name, value in w.items()}
+    for down, gain in (("w_dq", "norm_q"), ("w_dk", "norm_k")):
+        if gain in w:
+            w[down] = w[down] @ np.diag(w[gain])
+    if "w_dq" in w:
+        w["w_q"] = w["w_dq"] @ w["w_uq"]
+        if "w_qr" in w:
+            w["w_qr"] = w["w_dq"] @ w["w_qr"]
     h, R, found = config.head_dim, config.rope_dim, {"content": []}
     for head in range(config.n_head):
         mine = slice(head * h, (head + 1) * h)
@@ -169,9 +177,16 @@ def full_matrices(model, layer):
 
 @pytest.mark.parametrize("attn", ATTN)
 @pytest.mark.parametrize("rank", [0.25, 0.5, 1.0])
-def test_small_grams_have_the_eigenvalues_of_the_full_matrix(attn, rank):
-    ranks = {} if attn.startswith("mha") else {"rank": rank}
-    model = GPT(GPTConfig(attn=attn, **SMALL | {"n_head": 4}, **ranks))
+@pytest.mark.parametrize("deepseek", [False, True])
+def test_small_grams_have_the_eigenvalues_of_the_full_matrix(attn, rank, deepseek):
+    if deepseek and not attn.startswith("mla"):
+        pytest.skip("options of the mla variants")
+    options = {} if attn.startswith("mha") else {"rank": rank}
+    options |= {"latent_norm": True, "q_rank": 0.75} if deepseek else {}
+    model = GPT(GPTConfig(attn=attn, **SMALL | {"n_head": 4}, **options))
+    for name, weight in model.named_parameters():
+        if "attn.norm" in name:
+            torch.nn.init.uniform_(weight, 0.5, 1.5)
     found, shapes = spectra(model), paths(model.config)
     assert found.keys() == shapes.keys()
     for layer in range(2):
@@ -310,7 +325,7 @@ def test_diagnostics_by_hand():
 
 
 def save(path, model, **changes):
-    checkpoint = {"format": FORMAT, "config": vars(model.config), "model": model.state_dict(), "step": 7}
+    checkpoint = {"format": FORMAT, "config": asdict(model.config), "model": model.state_dict(), "step": 7}
     torch.save(checkpoint | changes, path)
     return path
 
