@@ -410,8 +410,8 @@ def load_checkpoint(path, device="cpu"):
     values. Raises ValueError if the file is missing, damaged or foreign."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file can fail anywhere between zip, pickle and tensor
-        raise ValueError(f"{path}: cannot be read as a checkpoint ({type(error).__name__})") from error
+    except Exception as error:  # anywhere between zip, pickle and tensor, if the file is damaged
+        raise ValueError(f"{path}: not a checkpoint ({getattr(error, 'strerror', type(error).__name__)})") from error
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise ValueError(f"{path}: not a {FORMAT}; files of other editions do not load, so train the model again")
     model = GPT(GPTConfig(**checkpoint["config"]))

@@ -275,9 +275,8 @@ def against_nulls(config, spectra):
 def qk_chains(model, layer, head):
     """The factors whose product is this head's W_Q W_K^T (d, d), in {"content": [...], "rotary": [...]}.
 
-    Queries, then keys: two factors for MHA and GQA, three for MLA, four for mla_prerope; compressed queries (q_rank) put
-    W_DQ in front. "rotary" for mla_decoupled alone. RoPE is left out, and so is what a latent norm does to each token;
-    its gain is kept."""
+    Queries, then keys: two factors for MHA and GQA, three for MLA, four for mla_prerope. With q_rank, W_DQ comes first.
+    "rotary" is there for mla_decoupled alone. RoPE is left out, and of a latent norm all but its gain."""
     attn, config = model.blocks[layer].attn, model.config
 
     def of_head(linear, index, width):  # the columns of W (d_in, heads * width) that belong to one head

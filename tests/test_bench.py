@@ -288,7 +288,7 @@ def test_stories_of_a_checkpoint_are_judged(script, data, tmp_path, monkeypatch)
         (["--batch=0"], "--batch: must be at least 1"),
         (["--batch=100000000", "--context=1000000"], "would need"),
         (["--out=/dev/null"], "--out=/dev/null: must be a folder"),
-        (["nothing.pt"], "no such file"),
+        (["nothing.pt"], "No such file"),
         (["--table=nothing.json"], "cannot be read"),
         (["--rounds=x"], "invalid int"),
         (["--rounds=0"], "--rounds: must be at least 1"),

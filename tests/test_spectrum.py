@@ -397,7 +397,7 @@ def test_what_cannot_be_analysed_is_left_out_or_refused_in_one_line(three_runs, 
 
     model = GPT(GPTConfig(attn="mla", **SMALL))
     path = save(tmp_path / "ckpt.pt", model)
-    assert "no such file" in refused(tmp_path / "nothing.pt")
+    assert "No such file" in refused(tmp_path / "nothing.pt")
     (tmp_path / "text.pt").write_text("hello")
     assert "not a checkpoint" in refused(tmp_path / "text.pt")
     (tmp_path / "short.pt").write_bytes(path.read_bytes()[:1000])
@@ -446,7 +446,7 @@ def test_what_cannot_be_analysed_is_left_out_or_refused_in_one_line(three_runs, 
         decoupled.blocks[0].attn.w_kr.weight.fill_(float("nan"))
     assert "layer 0 has weights that are not finite" in script(save(path, decoupled))[2]
     assert "of which step" in refused(save(path, decoupled, step=None))
-    assert "no such file" in refused(tmp_path / "nowhere" / "ckpt.pt")
+    assert "No such file" in refused(tmp_path / "nowhere" / "ckpt.pt")
 
 
 def test_spikes_are_told_in_words():
