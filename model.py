@@ -2,7 +2,7 @@
 attention (MLA) of DeepSeek-V2. Read it from top to bottom.
 
 Symbols, as in the papers: d = n_embd, H = n_head, h = d/H (width of a head), r = round(rank * d) (width of a latent),
-R = rope_dim. B sequences of T new tokens attend to S tokens, cached ones included. x (B, T, d) is a layer's input.
+R = rope_dim, V = vocab_size. B sequences of T new tokens attend to S places, T without a cache. x is (B, T, d).
 
 | attn          | positions               | keys                                   | cached  | absorbs |
 |---------------|-------------------------|----------------------------------------|---------|---------|
@@ -16,16 +16,16 @@ R = rope_dim. B sequences of T new tokens attend to S tokens, cached ones includ
 
 "cached" counts numbers per token per layer. MHA caches the keys and values of every head. MLA caches latents instead: a
 down-projection W_D squeezes a token into r numbers that all heads share, and up-projections W_U expand them into keys
-and values when they are needed. Values always take the same path: c_v = x W_DV, v = c_v W_UV.
+and values when they are needed. Values take one path in all four: c_v = x W_DV, v = c_v W_UV.
 
 To absorb is to decode without expanding. A score is q.(c W_UK) = (q W_UK^T).c, so the new query can go down to the
 latents instead of all cached latents going up to the query. Values work the same way: expand the weighted sum of the
 latents, not each latent. This fails in mla_rope: RoPE stands between q and W_UK, a different rotation for each cached
 token, so no single projected query fits them all. Two variants get around that. mla_prerope rotates before it
-compresses; but now W_DK W_UK stands between the rotations of query and key, so scores depend on more than distance.
-mla_decoupled leaves the latents unrotated and adds a second score for position, q^R.k^R, where q^R = RoPE(x W_QR) has
-one vector per head, and k^R is one small key per token for all heads. With the options joint, latent_norm and q_rank
-(see GPTConfig), it is DeepSeek-V2's attention.
+compresses, which takes a full W_K; and W_DK W_UK now stands between the two rotations, so scores depend on more than
+distance. mla_decoupled leaves the latents unrotated and adds a second score for position, q^R.k^R: q^R = RoPE(x W_QR)
+has one vector per head, k^R is one small key per token for all heads. With the options joint, latent_norm and q_rank
+(see GPTConfig), it is the attention of DeepSeek-V2.
 
 Sources: Vaswani et al. 2017 (mha); Su et al. 2021 (RoPE); Ainslie et al. 2023 (gqa); DeepSeek-AI 2024, arXiv 2405.04434
 (MLA); Mehta et al. 2025, arXiv 2506.09342 (small MLA); Jha and Reagen 2025, arXiv 2507.09394 (mla_prerope).
@@ -43,8 +43,8 @@ ATTN = ("mha", "mha_rope", "gqa", "mla", "mla_rope", "mla_prerope", "mla_decoupl
 MLA = ATTN[3:]
 LEARNED = ("mha", "mla")  # learn a table of positions; the others use RoPE
 ABSORBS = ("mla", "mla_prerope", "mla_decoupled")
-JOINS = ("mla", "mla_rope", "mla_decoupled")  # in mla_prerope, keys are rotated before they become a latent
-GOES_WITH = dict(rank=("gqa", *MLA), joint=JOINS, latent_norm=MLA, q_rank=MLA, rope_dim=("mla_decoupled",))
+JOINS = ("mla", "mla_rope", "mla_decoupled")  # not mla_prerope, where values would come from rotated keys
+ALLOWED_WITH = dict(rank=("gqa", *MLA), joint=JOINS, latent_norm=MLA, q_rank=MLA, rope_dim=("mla_decoupled",))
 FORMAT = "nanoMLA checkpoint 2"
 Linear = partial(nn.Linear, bias=False)
 SIZES = {
@@ -68,7 +68,7 @@ class GPTConfig:
     rank: float | None = None  # latent width / n_embd; for gqa, key heads / n_head. Default 0.5
     joint: bool = False  # one latent for both keys and values, so that r numbers are cached, not 2r
     latent_norm: bool = False  # an RMSNorm on each latent
-    q_rank: float | None = None  # queries from a latent, too, of this width / n_embd; it is not cached
+    q_rank: float | None = None  # if set, queries come from a latent, too, this times n_embd wide and not cached
     rope_dim: int | None = None  # width of mla_decoupled's rotary key, even. Default: half a head
     rope_base: float = 10000.0
     dropout: float = 0.0
@@ -80,7 +80,7 @@ class GPTConfig:
 
         check(self.attn in ATTN, "attn", "one of " + ", ".join(ATTN))
         limits = dict(block_size=2**20, vocab_size=2**16, n_layer=2**10, n_head=2**10, n_embd=2**16)
-        for field, limit in limits.items():  # tokens are stored as uint16; the other limits only stop slips
+        for field, limit in limits.items():  # tokens are stored as uint16; the other limits only catch typos
             check(1 <= getattr(self, field) <= limit, field, f"from 1 to {limit}")
         check(self.n_embd % self.n_head == 0, "n_head", f"a divisor of n_embd={self.n_embd}")
         self.head_dim = self.n_embd // self.n_head  # h
@@ -88,18 +88,18 @@ class GPTConfig:
         check(even, "n_head", f"such that n_embd={self.n_embd} / n_head is even, for RoPE")
         check(1 < self.rope_base < math.inf, "rope_base", "a number above 1")
         check(0 <= self.dropout < 1, "dropout", "in [0, 1)")
-        for field, variants in GOES_WITH.items():
+        for field, variants in ALLOWED_WITH.items():
             only = f"left out with attn={self.attn}: it goes with {', '.join(variants)}"
-            check(self.attn in variants or getattr(self, field) is getattr(GPTConfig, field), field, only)
-        self.rank = 0.5 if self.rank is None and self.attn in GOES_WITH["rank"] else self.rank
+            check(self.attn in variants or getattr(self, field) is getattr(GPTConfig, field), field, only)  # or unset
+        self.rank = 0.5 if self.rank is None and self.attn in ALLOWED_WITH["rank"] else self.rank
         for field in ("rank", "q_rank"):
             ratio = 1 if getattr(self, field) is None else getattr(self, field)
-            check(0 < ratio <= 1 and round(ratio * self.n_embd) > 0, field, "a ratio in (0, 1], of one number at least")
+            check(0 < ratio <= 1 and round(ratio * self.n_embd) > 0, field, "in (0, 1], for a width of at least 1")
         self.latent_dim = round((self.rank or 0) * self.n_embd)  # r
-        self.q_dim = round((self.q_rank or 1) * self.n_embd)  # what queries are made from: x, or a latent
+        self.q_dim = round((self.q_rank or 1) * self.n_embd)  # width of what queries are made from
         self.kv_heads = max(1, round(self.rank * self.n_head)) if self.attn == "gqa" else self.n_head
         whole = abs((self.rank or 1) * self.n_head - self.kv_heads) < 0.01 and self.n_head % self.kv_heads == 0
-        check(whole or self.attn != "gqa", "rank", f"k/{self.n_head}, where k key heads divide the {self.n_head} heads")
+        check(whole or self.attn != "gqa", "rank", f"k/{self.n_head} for some k that divides {self.n_head}")
         if self.attn == "mla_decoupled":
             self.rope_dim = max(2, self.head_dim // 4 * 2) if self.rope_dim is None else self.rope_dim
             check(self.rope_dim > 0 and self.rope_dim % 2 == 0, "rope_dim", "even, and at least 2")
@@ -133,14 +133,14 @@ class RoPE(nn.Module):
 
     def forward(self, x, positions):
         """x (..., T, w), positions (T,) -> x rotated, of the same shape and precision."""
-        swapped = x.roll(x.size(-1) // 2, dims=-1)  # (a, b) -> (a cos - b sin, b cos + a sin)
+        swapped = x.roll(x.size(-1) // 2, dims=-1)  # (a, b) -> (b, a); and so to (a cos - b sin, b cos + a sin)
         return (x * self.cos[positions] + swapped * self.sin[positions]).to(x.dtype)
 
 
 class KVCache:
     """The cached keys and values (or latents, and the rotary key) of all layers. Made by GPT.init_cache.
-    Each is one contiguous tensor (B, ..., size, width): products with a slice of a longer one can take a CPU 8 times as
-    long. When full, it grows by STEP places, which copies 1/STEP of what decoding reads. Empty places are masked."""
+    Each is one contiguous tensor (B, ..., size, width), as a CPU can be 8 times slower with a slice of a larger one.
+    When full, it grows by STEP places, so growing copies 1/STEP of what decoding reads. Empty places are masked."""
 
     STEP = 128
 
@@ -180,7 +180,7 @@ def attend(q, k, v, mask, dropout):
     """Softmax attention: q (B, H, T, w), k (B, G, S, w), v (B, G, S, h) -> (B, H, T, h). A key head serves H/G heads.
     mask (T, S) is added to the scores: 0 where a query may look, -inf elsewhere."""
     (B, H, T, w), (G, S), mask = q.shape, k.shape[1:3], mask.to(q.dtype)
-    if T * S > 2**18 or (T == S and q.is_cuda):  # a fused kernel: for scores too many to hold, or training on a GPU
+    if T * S > 2**18 or (T == S and q.is_cuda):  # a fused kernel for many scores, or to train on a GPU
         return F.scaled_dot_product_attention(q, k, v, None if T == S else mask, dropout, T == S, enable_gqa=G < H)
     q = (q * w**-0.5).reshape(B, G, H // G * T, w)
     p = ((q @ k.mT).view(B, H, T, S) + mask).softmax(-1)
@@ -253,9 +253,9 @@ class LatentAttention(nn.Module):
             kept["k_r"] = self.rope(self.w_kr(x), positions)
 
         if cache is not None:
-            kept = cache.append(self.layer, positions, kept)  # now of all S tokens
+            kept = cache.append(self.layer, positions, kept)  # now of all S places
         c_k, c_v, k_r = kept["c_k"], kept.get("c_v", kept["c_k"]), kept.get("k_r")
-        # Expanding costs S r h products per head, absorbing T S r more in the scores: a long prompt is better expanded.
+        # To expand S keys takes S r h products per head; absorbed scores take T S (r - h) more. So long prompts expand.
         absorb = cache is not None and cache.absorb and x.size(1) <= h
         y = (self.absorbed if absorb else self.expanded)(q, q_r, c_k, c_v, k_r, mask)
         return self.w_o(y.transpose(1, 2).flatten(2))
@@ -272,16 +272,16 @@ class LatentAttention(nn.Module):
         return attend(q, k, v, mask, self.config.dropout if self.training else 0.0)
 
     def absorbed(self, q, q_r, c_k, c_v, k_r, mask):
-        """The same from the same without expanding: queries go down to the latents. Not for mla_rope."""
+        """What `expanded` returns, without expanding: the queries go down to the latents instead. Not for mla_rope."""
         (B, H, T, h), R = q.shape, self.config.rope_dim or 0
-        w_uk, w_uv = (w.weight.unflatten(0, (H, h)) for w in (self.w_uk, self.w_uv))  # (H, h, r)
+        w_uk, w_uv = (w.weight.unflatten(0, (H, h)) for w in (self.w_uk, self.w_uv))  # (H, h, r): Linear stores W^T
         q_c = torch.einsum("bHth,Hhr->bHtr", q, w_uk).flatten(1, 2).contiguous()  # q W_UK^T, (B, H T, r)
-        scores = c_k @ q_c.mT  # (B, S, H T). The other order takes 4 times as long for one sequence on a CPU
+        scores = c_k @ q_c.mT  # (B, S, H T). On a CPU, q_c @ c_k.mT is 4 times slower for one sequence
         if q_r is not None:
             scores = scores + k_r @ q_r.flatten(1, 2).mT
         scores = scores.mT.reshape(B, H, T, -1) * (h + R) ** -0.5
         p = (scores + mask).softmax(-1).to(c_v.dtype)
-        c = (p.flatten(1, 2) @ c_v).view(B, H, T, -1)  # the sum of latents that each query sees
+        c = (p.flatten(1, 2) @ c_v).view(B, H, T, -1)  # each query's weighted sum of latents
         return torch.einsum("bHtr,Hhr->bHth", c, w_uv)
 
 
@@ -317,8 +317,8 @@ class GPT(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """As in GPT-2, but latents start at size 1. Every other matrix makes numbers of one size from what it reads, so
-        MLA does not start with fainter keys and values than MHA."""
+        """As in GPT-2, except that entries of latents start with variance 1, and the matrices behind them are scaled to
+        their width. So MLA does not start with fainter keys and values than MHA."""
         config, d = self.config, self.config.n_embd
         for name, weight in self.named_parameters():
             matrix = name.split(".")[-2]
@@ -331,7 +331,7 @@ class GPT(nn.Module):
                 nn.init.normal_(weight, std=std)
 
     def forward(self, idx, targets=None, cache=None):
-        """idx (B, T) int64 -> logits, loss. With a cache, idx continues the tokens that it holds.
+        """idx (B, T) int64 -> logits, loss. With a cache, for inference, idx continues its tokens.
 
         With targets (B, T), -1 where a token does not count: logits (B, T, V), mean cross-entropy in nats per token.
         Without: logits (B, 1, V) of the last position, None. ValueError if the context cannot hold the tokens."""
@@ -350,7 +350,7 @@ class GPT(nn.Module):
         return logits, F.cross_entropy(exact, targets.flatten(), ignore_index=-1)
 
     def hidden(self, idx, positions, cache=None):
-        """Tokens (B, T) at positions (T,) -> what the output head reads, (B, T, d)."""
+        """Tokens (B, T) at positions (T,), behind those of the cache -> what the output head reads, (B, T, d)"""
         x = self.token_embedding(idx)
         if self.config.attn in LEARNED:
             x = x + self.position_embedding(positions)
@@ -366,7 +366,7 @@ class GPT(nn.Module):
         True raises ValueError where it cannot, False expands all latents at every step."""
         attn, weight = self.config.attn, self.token_embedding.weight
         if absorb and attn not in ABSORBS:
-            why = "rotates its keys between W_UK and W_Q" if attn == "mla_rope" else "has no latents"
+            why = "rotates its keys after W_UK" if attn == "mla_rope" else "has no latents"
             raise ValueError(f"absorb=True: {attn} {why}; these variants absorb: " + ", ".join(ABSORBS))
         absorb = attn in ABSORBS if absorb is None else absorb
         return KVCache(self.config, batch_size, absorb, dtype or weight.dtype, weight.device)
@@ -386,8 +386,8 @@ class GPT(nn.Module):
             if value is not None and not least <= value < math.inf:
                 raise ValueError(f"{name}={value}: must be a number from {least}")
         length, limit = idx.size(1) + max_new_tokens, self.config.block_size
-        if length > limit:
-            raise ValueError(f"{length} tokens, {max_new_tokens} of them new, do not fit into a context of {limit}")
+        if not max_new_tokens < length <= limit:  # or the prompt is empty
+            raise ValueError(f"{idx.size(1)} + {max_new_tokens} = {length} tokens do not fit into a context of {limit}")
         cache, new, was_training = self.init_cache(idx.size(0), absorb), idx, self.training
         stopped = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
         self.eval()
@@ -397,10 +397,10 @@ class GPT(nn.Module):
                 least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
                 logits = logits.masked_fill(logits < least, -math.inf)
             new = logits.argmax(-1, keepdim=True)
-            if temperature > 1e-5:  # below is the limit of 0
+            if temperature > 1e-5:  # less counts as 0
                 new = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
             idx = torch.cat((idx, new), dim=1)
-            stopped |= new == (-1 if stop is None else stop)
+            stopped |= new == (-1 if stop is None else stop)  # no token is -1
         self.train(was_training)
         return idx
 
@@ -410,10 +410,10 @@ def load_checkpoint(path, device="cpu"):
     values. Raises ValueError if the file is missing, damaged or foreign."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # anywhere between zip, pickle and tensor, if the file is damaged
+    except Exception as error:  # a damaged file can fail in zip, pickle or tensor code
         raise ValueError(f"{path}: not a checkpoint ({getattr(error, 'strerror', type(error).__name__)})") from error
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
-        raise ValueError(f"{path}: not a {FORMAT}; files of other editions do not load, so train the model again")
+        raise ValueError(f"{path}: not a {FORMAT}; those of other versions do not load: train the model again")
     model = GPT(GPTConfig(**checkpoint["config"]))
     model.load_state_dict(checkpoint["model"])
     return model.to(device).eval(), checkpoint
@@ -422,7 +422,7 @@ def load_checkpoint(path, device="cpu"):
 def tell(model, tokenizer, prompt, tokens=math.inf, temperature=0.8, top_k=None, seed=0):
     """One story that begins with prompt, sampled until it ends, the context is full, or it has `tokens` new ones."""
     prompt = [tokenizer.eot_token, *tokenizer.encode_ordinary(prompt)]  # after another story, as in training
-    room = max(1, model.config.block_size - len(prompt))  # if there is none, generate says so
+    room = max(1, model.config.block_size - len(prompt))  # with no room, generate raises
     idx = torch.tensor([prompt], device=model.token_embedding.weight.device)
     generator = torch.Generator(idx.device).manual_seed(seed % 2**63)
     out = model.generate(idx, min(tokens, room), temperature, top_k, None, generator, tokenizer.eot_token)
