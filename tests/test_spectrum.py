@@ -15,7 +15,7 @@ from scipy import integrate
 import spectrum
 import train
 from data.prepare import prepare
-from model import ATTN, FORMAT, GPT, GPTConfig
+from model import ATTN, FORMAT, GPT, MLA, GPTConfig
 from spectrum import NULLS, chain_law, decoupled_law, diagnose, eigenvalues, laws, paths, spectra
 
 SMALL = dict(n_layer=2, n_head=2, n_embd=32, vocab_size=8, block_size=8)
@@ -175,12 +175,10 @@ def full_matrices(model, layer):
     return found
 
 
-@pytest.mark.parametrize("attn", ATTN)
+@pytest.mark.parametrize("attn, deepseek", [(attn, False) for attn in ATTN] + [(attn, True) for attn in MLA])
 @pytest.mark.parametrize("rank", [0.25, 0.5, 1.0])
-@pytest.mark.parametrize("deepseek", [False, True])
-def test_small_grams_have_the_eigenvalues_of_the_full_matrix(attn, rank, deepseek):
-    if deepseek and not attn.startswith("mla"):
-        pytest.skip("options of the mla variants")
+def test_small_grams_have_the_eigenvalues_of_the_full_matrix(attn, deepseek, rank):
+    """With the options of DeepSeek-V2, too: W_DQ is one more factor, and the gains of the norms count."""
     options = {} if attn.startswith("mha") else {"rank": rank}
     options |= {"latent_norm": True, "q_rank": 0.75} if deepseek else {}
     model = GPT(GPTConfig(attn=attn, **SMALL | {"n_head": 4}, **options))
@@ -219,11 +217,14 @@ def test_eigenvalues_of_any_chain(dims, batch, seed):
     np.testing.assert_allclose(found, expected[:, : min(dims)], atol=1e-10 * expected.max())
 
 
-@pytest.mark.parametrize("attn, strength", [*((attn, 1) for attn in ATTN), ("mla_decoupled", 4)])
-def test_chance_is_called_chance_by_chain_and_structure_by_mp(attn, strength):
+CHANCE = [*((attn, 1, None) for attn in ATTN), ("mla_decoupled", 4, None), ("mla", 1, 0.5), ("mla_decoupled", 1, 0.5)]
+
+
+@pytest.mark.parametrize("attn, strength, q_rank", CHANCE)
+def test_chance_is_called_chance_by_chain_and_structure_by_mp(attn, strength, q_rank):
     """The artefact: before any training, mp sees outliers, in every variant, circuit and level. The law of chain fits,
     and goes on to if training makes a part of the weights larger, without structure."""
-    config = GPTConfig(attn=attn, **SMALL | {"n_embd": 256, "n_head": 4, "n_layer": 1})
+    config = GPTConfig(attn=attn, q_rank=q_rank, **SMALL | {"n_embd": 256, "n_head": 4, "n_layer": 1})
     values = {}
     for seed in range(20):
         torch.manual_seed(seed)
