@@ -157,7 +157,8 @@ def rank_of(row):
 
 
 def name_of(row):
-    return row["attn"] + (f" {rank_of(row)}" if row["rank"] else "") + (" joint" if row["joint"] else "")
+    name = row["attn"] + (f" {rank_of(row)}" if row["rank"] else "") + (" joint" if row["joint"] else "")
+    return name + (" norm" if row.get("latent_norm") else "") + (f" q={row['q_rank']:g}" if row.get("q_rank") else "")
 
 
 def speed(row):
@@ -200,6 +201,7 @@ def decode(model, batch, context, absorb, device):
     for layer in cache.layers:
         for tensor in layer.values():
             tensor.copy_(torch.randn(tensor.shape[-2:]))  # the same in all sequences and layers
+            torch._dynamo.mark_static_address(tensor, guard=False)  # a promise: CUDA graphs write to fixed addresses
     token = torch.zeros(batch, 1, dtype=torch.long, device=device)
     positions = torch.tensor([context], device=device)
     hidden = model.hidden
@@ -236,7 +238,8 @@ def measure(model, dtype, batch, context, device, ceiling):
     parameters = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("position"))
     row = {"attn": config.attn, "rank": config.rank, "joint": config.joint, "parameters": parameters / 1e6}
     row |= {"batch": batch, "context": context, "dtype": str(dtype)[6:], "device": device}
-    row |= {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
+    shape = ("n_layer", "n_head", "n_embd", "vocab_size", "latent_norm", "q_rank")
+    row |= {name: getattr(config, name) for name in shape}
     for way, absorb in (("expanded", False), ("absorbed", True))[: 1 + (config.attn in ABSORBS)]:
         taken, row["kv_bytes"] = decode(model, batch, context, absorb, device)
         row[way] = batch / taken
@@ -380,7 +383,8 @@ def compare(rows):
                     if row is not r and None not in (row.get("val_loss_error"), r.get("val_loss_error")):
                         relative = math.hypot(*(one["val_loss_error"] / one["val_loss"] for one in (row, r)))
                         row["loss_to_mha_error"] = relative * row["val_loss"] / r["val_loss"]
-            if row["rank"] and (r["attn"], r["rank"], r["joint"]) == (row["attn"], 1.0, row["joint"]):
+            options = ("attn", "joint", "latent_norm", "q_rank")
+            if row["rank"] and r["rank"] == 1.0 and all(r.get(name) == row.get(name) for name in options):
                 row["to_full"] = speed(row) / speed(r)
     return rows
 
@@ -517,7 +521,7 @@ def draw_speed(axes, rows):
 def build(config, dtype, device):
     torch.manual_seed(0)
     with torch.device(device):
-        return GPT(config).to(dtype).eval()
+        return GPT(config).to(device, dtype).eval()
 
 
 def parse_arguments():

@@ -21,17 +21,17 @@ and values when they are needed. Values take one path in all four: c_v = x W_DV,
 To absorb is to decode without expanding. A score is q.(c W_UK) = (q W_UK^T).c, so the new query can go down to the
 latents instead of all cached latents going up to the query. Values work the same way: expand the weighted sum of the
 latents, not each latent. This fails in mla_rope: RoPE stands between q and W_UK, a different rotation for each cached
-token, so no single projected query fits them all. Two variants get around that. mla_prerope rotates before it
-compresses, which takes a full W_K; and W_DK W_UK now stands between the two rotations, so scores depend on more than
-distance. mla_decoupled leaves the latents unrotated and adds a second score for position, q^R.k^R: q^R = RoPE(x W_QR)
-has one vector per head, k^R is one small key per token for all heads. With the options joint, latent_norm and q_rank
-(see GPTConfig), it is the attention of DeepSeek-V2.
+token, so no single projected query fits them all. mla_prerope rotates before it compresses, which takes a full W_K; and
+W_DK W_UK now stands between the two rotations, so scores depend on more than distance. mla_decoupled leaves the latents
+unrotated and adds a second score for position, q^R.k^R: q^R = RoPE(x W_QR) has one vector per head, k^R is one small
+key per token for all heads. With joint, latent_norm and q_rank (see GPTConfig), it is the attention of DeepSeek-V2.
 
 Sources: Vaswani et al. 2017 (mha); Su et al. 2021 (RoPE); Ainslie et al. 2023 (gqa); DeepSeek-AI 2024, arXiv 2405.04434
 (MLA); Mehta et al. 2025, arXiv 2506.09342 (small MLA); Jha and Reagen 2025, arXiv 2507.09394 (mla_prerope).
 """
 
 import math
+import warnings
 from dataclasses import dataclass
 from functools import partial
 
@@ -188,6 +188,11 @@ def attend(q, k, v, mask, dropout):
     return (p.view(B, G, H // G * T, S) @ v).view(B, H, T, -1)
 
 
+class RMSNorm(nn.RMSNorm):
+    def forward(self, x):  # under autocast, x has another precision than the gain
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class MultiHeadAttention(nn.Module):
     """mha, mha_rope and gqa: keys and values for every head, or for every group of heads."""
 
@@ -217,7 +222,7 @@ class LatentAttention(nn.Module):
         super().__init__()
         self.config, self.layer, self.rope = config, layer, rope
         d, r, q = config.n_embd, config.latent_dim, config.q_dim
-        norm = partial(nn.RMSNorm, eps=1e-6) if config.latent_norm else nn.Identity
+        norm = partial(RMSNorm, eps=1e-6) if config.latent_norm else nn.Identity
         if config.q_rank is None:
             self.w_q = Linear(d, d)
         else:
@@ -251,7 +256,6 @@ class LatentAttention(nn.Module):
         if attn == "mla_decoupled":
             q_r = self.rope(split_heads(self.w_qr(c_q), self.config.rope_dim), positions)
             kept["k_r"] = self.rope(self.w_kr(x), positions)
-
         if cache is not None:
             kept = cache.append(self.layer, positions, kept)  # now of all S places
         c_k, c_v, k_r = kept["c_k"], kept.get("c_v", kept["c_k"]), kept.get("k_r")
@@ -317,8 +321,7 @@ class GPT(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """As in GPT-2, except that entries of latents start with variance 1, and the matrices behind them are scaled to
-        their width. So MLA does not start with fainter keys and values than MHA."""
+        """As in GPT-2, but latents have variance 1, so MLA does not start with fainter keys and values than MHA."""
         config, d = self.config, self.config.n_embd
         for name, weight in self.named_parameters():
             matrix = name.split(".")[-2]
@@ -332,12 +335,11 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None, cache=None):
         """idx (B, T) int64 -> logits, loss. With a cache, for inference, idx continues its tokens.
-
         With targets (B, T), -1 where a token does not count: logits (B, T, V), mean cross-entropy in nats per token.
         Without: logits (B, 1, V) of the last position, None. ValueError if the context cannot hold the tokens."""
         T, start, limit = idx.size(1), cache.pos if cache else 0, self.config.block_size
         if not 0 < T <= limit - start:
-            raise ValueError(f"{start + T} tokens, {T} of them new, do not fit into a context of {limit}")
+            raise ValueError(f"{start + T} tokens, {T} of them new: a context holds 1 to {limit}")
         if cache:
             cache.reserve(start + T)
         x = self.hidden(idx, torch.arange(start, start + T, device=idx.device), cache)
@@ -378,20 +380,17 @@ class GPT(nn.Module):
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, absorb=None, generator=None, stop=None):
         """Continue idx (B, T) by sampling: (B, T + max_new_tokens), or fewer if every row has sampled the token `stop`.
-
         temperature=0 takes the most likely token, top_k samples among the k most likely. Ignore what follows `stop`.
         Raises ValueError if an option is out of range, idx is empty, or the result would not fit into block_size."""
-        ranges = {"max_new_tokens": (max_new_tokens, 0), "temperature": (temperature, 0), "top_k": (top_k, 1)}
-        for name, (value, least) in ranges.items():
-            if value is not None and not least <= value < math.inf:
-                raise ValueError(f"{name}={value}: must be a number from {least}")
+        if not (0 <= temperature < math.inf and max_new_tokens >= 0 and (top_k is None or top_k >= 1)):
+            raise ValueError(f"{temperature=} and {max_new_tokens=} must be at least 0, {top_k=} at least 1")
         length, limit = idx.size(1) + max_new_tokens, self.config.block_size
         if not max_new_tokens < length <= limit:  # or the prompt is empty
-            raise ValueError(f"{idx.size(1)} + {max_new_tokens} = {length} tokens do not fit into a context of {limit}")
+            raise ValueError(f"{length} tokens, {max_new_tokens} of them new: over a context of {limit}, or no prompt")
         cache, new, was_training = self.init_cache(idx.size(0), absorb), idx, self.training
         stopped = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
         self.eval()
-        while idx.size(1) < length and not stopped.all():
+        while idx.size(1) < length and (stop is None or not stopped.all()):
             logits = self(new, cache=cache)[0][:, -1].float()
             if top_k is not None:
                 least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
@@ -409,7 +408,8 @@ def load_checkpoint(path, device="cpu"):
     """Read a file of train.py -> the model in eval mode, and all that the file holds. Unpickles only tensors and plain
     values. Raises ValueError if the file is missing, damaged or foreign."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # PyTorch's, about files that are no checkpoints
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can fail in zip, pickle or tensor code
         raise ValueError(f"{path}: not a checkpoint ({getattr(error, 'strerror', type(error).__name__)})") from error
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:

@@ -157,7 +157,7 @@ def paths(config):
     d, h, R = config.n_embd, config.head_dim, config.rope_dim
     heads = (config.kv_heads if config.attn == "gqa" else config.n_head) * h  # heads that share keys add up to one
     front, behind = (d,) if config.q_rank is None else (d, config.q_dim), (d,)
-    if config.attn.startswith("mla"):
+    if config.attn in MLA:
         behind = (config.latent_dim, d, d) if config.attn == "mla_prerope" else (config.latent_dim, d)
     found = {"content": {"heads": (*front, h, *behind), "layer": (*front, heads, *behind)}}
     if R:
@@ -272,32 +272,33 @@ def against_nulls(config, spectra):
     }
 
 
-def qk_chains(model, layer, head):
-    """The factors whose product is this head's W_Q W_K^T (d, d), in {"content": [...], "rotary": [...]}.
+def qk_chains(model, layer):
+    """For each head the factors whose product is its W_Q W_K^T (d, d): {"content": [...], "rotary": [...]}.
 
     Queries, then keys: two factors for MHA and GQA, three for MLA, four for mla_prerope. With q_rank, W_DQ comes first.
     "rotary" is there for mla_decoupled alone. RoPE is left out, and of a latent norm all but its gain."""
     attn, config = model.blocks[layer].attn, model.config
+    w = {name: module.weight.detach().T for name, module in attn.named_children() if hasattr(module, "weight")}
+    for down, gain in (("w_dq", "norm_q"), ("w_dk", "norm_k")):
+        if gain in w:
+            w[down] = w[down] * w[gain]
 
-    def of_head(linear, index, width):  # the columns of W (d_in, heads * width) that belong to one head
-        return linear.weight.detach().T[:, index * width : (index + 1) * width]
+    def of_head(matrix, head, width):  # the columns of W (d_in, heads * width) that belong to one head
+        return matrix[:, head * width : (head + 1) * width]
 
-    def down(linear, norm):  # W_D (d, r), times the gain
-        return linear.weight.detach().T * getattr(norm, "weight", torch.ones(1)).detach()
-
-    h = config.head_dim
-    if config.attn not in MLA:
-        key = of_head(attn.w_k, head * config.kv_heads // config.n_head, h)
-        return {"content": [of_head(attn.w_q, head, h), key.T]}
-    front = [] if config.q_rank is None else [down(attn.w_dq, attn.norm_q)]
-    query = attn.w_q if config.q_rank is None else attn.w_uq
-    content = [*front, of_head(query, head, h), of_head(attn.w_uk, head, h).T, down(attn.w_dk, attn.norm_k).T]
-    if config.attn == "mla_prerope":
-        content.append(attn.w_k.weight.detach())
-    if config.attn != "mla_decoupled":
-        return {"content": content}
-    rotary = [*front, of_head(attn.w_qr, head, config.rope_dim), attn.w_kr.weight.detach()]
-    return {"content": content, "rotary": rotary}
+    h, chains = config.head_dim, []
+    front = [w["w_dq"]] if config.q_rank is not None else []
+    for head in range(config.n_head):
+        query = of_head(w["w_uq" if front else "w_q"], head, h)
+        if config.attn not in MLA:
+            key = of_head(w["w_k"], head * config.kv_heads // config.n_head, h)
+            chains.append({"content": [query, key.T]})
+            continue
+        content = [*front, query, of_head(w["w_uk"], head, h).T, w["w_dk"].T]
+        chains.append({"content": content + ([w["w_k"].T] if config.attn == "mla_prerope" else [])})
+        if config.attn == "mla_decoupled":
+            chains[-1]["rotary"] = [*front, of_head(w["w_qr"], head, config.rope_dim), w["w_kr"].T]
+    return chains
 
 
 def whole_layer(chains, at):
@@ -333,7 +334,7 @@ def spectra(model):
     layer's, its heads together. NaN where weights are not finite."""
     layers = []
     for layer in range(model.config.n_layer):
-        heads = [qk_chains(model, layer, head) for head in range(model.config.n_head)]
+        heads = qk_chains(model, layer)
         chains = {}
         for circuit in heads[0]:
             of_heads = [head[circuit] for head in heads]

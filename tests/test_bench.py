@@ -320,5 +320,5 @@ def test_a_cache_filled_to_its_last_place_still_answers_right(attn):
     for token in idx.split(1, 1):
         last = model(token, cache=cache)[0]
     torch.testing.assert_close(last, model(idx)[0])
-    with pytest.raises(ValueError, match="65 tokens, 1 of them new, do not fit into a context of 64"):
+    with pytest.raises(ValueError, match="65 tokens, 1 of them new: a context holds 1 to 64"):
         model(idx[:, :1], cache=cache)

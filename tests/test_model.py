@@ -7,6 +7,7 @@ import copy
 import math
 import os
 import pickle
+import warnings
 from dataclasses import asdict
 
 import numpy as np
@@ -344,6 +345,20 @@ def test_tables_of_rope_are_exact_and_never_less_than_float32(attn, joint):
         assert rope.sin[99, 1].item() == pytest.approx(-math.sin(angle), abs=error)
 
 
+@pytest.mark.parametrize(("attn", "joint"), VARIANTS)
+def test_everything_is_on_the_device_of_the_model(attn, joint):
+    """The meta device stands in for a GPU: an operation that mixes it with the CPU raises."""
+    options = {"latent_norm": True, "q_rank": 0.5} if attn.startswith("mla") else {}
+    model = small(attn, joint, torch.float32, **options).to("meta")
+    idx = torch.zeros(2, 7, dtype=torch.long, device="meta")
+    assert model(idx, idx)[1].device.type == "meta"
+    for absorb in paths(attn):
+        cache = model.init_cache(2, absorb)
+        for length in (3, 1):
+            assert model(idx[:, :length], cache=cache)[0].device.type == "meta"
+        assert {tensor.device.type for tensor in tree_leaves((cache.layers, *model.buffers()))} == {"meta"}
+
+
 @pytest.mark.parametrize(
     ("attn", "joint"), [("mha", False), ("gqa", False), ("mla_rope", False), ("mla_decoupled", True)]
 )
@@ -597,7 +612,7 @@ def test_the_cache_takes_the_bytes_that_the_table_says(attn, joint, data):
     assert model.kv_bytes_per_token(dtype) == numbers * config.n_layer * dtype.itemsize
     for absorb in paths(attn):
         cache = model.init_cache(batch, absorb, dtype)
-        assert cache.nbytes == 0
+        assert cache.nbytes == 0 and model.init_cache(batch, absorb).layers[0].popitem()[1].dtype == torch.float32
         cache.reserve(length)
         tensors = tree_leaves(cache.layers)
         assert cache.size == min(math.ceil(length / KVCache.STEP) * KVCache.STEP, CONTEXT)
@@ -730,7 +745,7 @@ def test_generate_refuses_what_it_cannot_continue():
     model = sampler()
     prompt = text(model.config, 0, 1, 3)
     for match, call in (
-        ("0 . 3 = 3 tokens", lambda: model.generate(prompt[:, :0], 3)),
+        ("no prompt", lambda: model.generate(prompt[:, :0], 3)),
         ("temperature=-1", lambda: model.generate(prompt, 3, temperature=-1)),
         ("temperature=nan", lambda: model.generate(prompt, 3, temperature=math.nan)),
         ("top_k=0", lambda: model.generate(prompt, 3, top_k=0)),
@@ -851,10 +866,12 @@ def test_a_checkpoint_round_trip_keeps_the_logits(attn, joint, tmp_path):
 
 
 def refused(path):
-    """The message: one line that names the file."""
-    with pytest.raises(ValueError) as error:
+    """The message: one line that names the file, and no warning beside it."""
+    with warnings.catch_warnings(record=True) as said, pytest.raises(ValueError) as error:
+        warnings.simplefilter("always")
         load_checkpoint(path, "cpu")
     assert str(path) in str(error.value) and "\n" not in str(error.value)
+    assert [str(warning.message) for warning in said] == []
     return str(error.value)
 
 

@@ -16,7 +16,7 @@ import spectrum
 import train
 from data.prepare import prepare
 from model import ATTN, FORMAT, GPT, MLA, GPTConfig
-from spectrum import NULLS, chain_law, decoupled_law, diagnose, eigenvalues, laws, paths, spectra
+from spectrum import NULLS, chain_law, decoupled_law, diagnose, eigenvalues, laws, paths, qk_chains, spectra
 
 SMALL = dict(n_layer=2, n_head=2, n_embd=32, vocab_size=8, block_size=8)
 
@@ -196,6 +196,42 @@ def test_small_grams_have_the_eigenvalues_of_the_full_matrix(attn, deepseek, ran
                     assert mine.shape == (n,)
                     np.testing.assert_allclose(mine, everything[:n], atol=1e-12 * everything[0], rtol=1e-6)
                     assert (abs(everything[n:]) < 1e-12 * everything[0]).all()  # n is the rank
+
+
+@pytest.mark.parametrize("attn, deepseek", [(attn, False) for attn in ATTN] + [(attn, True) for attn in MLA])
+def test_the_chains_are_what_attention_scores_with(attn, deepseek):
+    """Where no position turns anything, a head's scores are x M x^T / sqrt(h), M the product of its chain; behind a
+    norm, each token's share of it is divided by the size of its latent."""
+    torch.manual_seed(0)
+    options = {"latent_norm": True, "q_rank": 0.75, "joint": attn != "mla_prerope"} if deepseek else {}
+    config = GPTConfig(attn=attn, **SMALL | {"n_head": 4, "n_layer": 1}, **options)
+    model = GPT(config).double()
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.3) if weight.dim() == 2 else torch.nn.init.uniform_(weight, 0.5, 1.5)
+    attention, positions = model.blocks[0].attn, torch.arange(7)
+    x = torch.randn(1, 7, 32, dtype=torch.float64)
+    seen = {}
+    for name, module in attention.named_children():
+        module.register_forward_hook(lambda module, args, out, name=name: seen.update({name: (args[0], out)}))
+    if attention.rope is not None:  # position 0 turns nothing
+        attention.rope.cos, attention.rope.sin = (t[:1].expand(8, -1) for t in (attention.rope.cos, attention.rope.sin))
+    mask = torch.full((7, 7), -torch.inf, dtype=torch.float64).triu(1)
+    with torch.no_grad():
+        attention(x, positions, mask)
+    size = {name: torch.ones(1, 7, 1) for name in ("norm_q", "norm_k")}
+    if deepseek:
+        size = {name: (seen[name][0] ** 2).mean(-1, keepdim=True).sqrt() for name in size}
+    h, R = config.head_dim, config.rope_dim or 0
+    values = seen["w_uv" if attn in MLA else "w_v"][1][0].detach().unflatten(1, (-1, h))
+    mixed = []
+    for head, chains in enumerate(qk_chains(model, 0)):
+        rows = x[0] / size["norm_q"][0]
+        scores = rows @ torch.linalg.multi_dot(chains["content"]) @ (x[0] / size["norm_k"][0]).T
+        if R:
+            scores = scores + rows @ torch.linalg.multi_dot(chains["rotary"]) @ x[0].T
+        p = (scores * (h + R) ** -0.5 + mask).softmax(-1)
+        mixed.append(p @ values[:, head * values.size(1) // config.n_head])
+    torch.testing.assert_close(seen["w_o"][0][0].detach(), torch.cat(mixed, 1), rtol=1e-5, atol=1e-6)
 
 
 @given(

@@ -232,7 +232,7 @@ def test_resuming_on_other_data_is_refused(start, stories, tmp_path, call):
     [
         (["nowhere.pt"], "nowhere.pt"),
         ([__file__], "not a checkpoint"),
-        (["CKPT", "--prompt=" + "word " * 80], "do not fit into a context of 64"),
+        (["CKPT", "--prompt=" + "word " * 80], "over a context of 64"),
         (["CKPT", "--temperature=-1"], "temperature"),
         (["CKPT", "--temperature=nan"], "temperature"),
         (["CKPT", "--top_k=0"], "top_k"),
@@ -263,6 +263,14 @@ def test_wrong_data_ends_in_one_line(arguments, says, expected, call, monkeypatc
     monkeypatch.setattr(prep, "TINYSTORIES", "http://127.0.0.1:9/nothing.txt")
     status, _, err = call(prep.main, *arguments)
     assert status == expected and says in err.splitlines()[-1] and "Traceback" not in err
+
+
+def test_deepseek_v2_trains_and_speaks_without_a_warning(stories, tmp_path, call):
+    """All options of the latents, in bfloat16 by autocast, too: spectra are taken on the way."""
+    options = ["--attn=mla_decoupled", "--joint", "--latent_norm", "--q_rank=0.5", "--steps=2", "--dtype=bfloat16"]
+    status, told, err = call(train.main, *SMALL, *options, f"--data={stories}", f"--out={tmp_path}")
+    assert status == 0 and "KV cache" in told and not err, err
+    assert call(model.main, tmp_path / "ckpt.pt")[0] == 0
 
 
 def test_a_script_speaks_without_error_if_nothing_is_wrong(start, call):
