@@ -278,7 +278,8 @@ def qk_chains(model, layer):
     Queries, then keys: two factors for MHA and GQA, three for MLA, four for mla_prerope. With q_rank, W_DQ comes first.
     "rotary" is there for mla_decoupled alone. RoPE is left out, and of a latent norm all but its gain."""
     attn, config = model.blocks[layer].attn, model.config
-    w = {name: module.weight.detach().T for name, module in attn.named_children() if hasattr(module, "weight")}
+    weights = {name: module.weight.detach() for name, module in attn.named_children() if hasattr(module, "weight")}
+    w = {name: weight.T if weight.dim() == 2 else weight for name, weight in weights.items()}  # matrices and gains
     for down, gain in (("w_dq", "norm_q"), ("w_dk", "norm_k")):
         if gain in w:
             w[down] = w[down] * w[gain]

@@ -365,7 +365,7 @@ class Run:
             except Exception as error:  # anything can stand in the file
                 raise ValueError(f"--resume: {options.out}/last.pt is damaged: {error!r}"[:300]) from error
         net = torch.compile(self.model) if options.compile else self.model
-        self.net = DistributedDataParallel(net, broadcast_buffers=False) if self.world_size > 1 else net
+        self.net = DistributedDataParallel(net) if self.world_size > 1 else net
         kind = torch.device(self.device).type
         self.autocast = torch.autocast(kind, torch.bfloat16, enabled=options.dtype == "bfloat16")
 
