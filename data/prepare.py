@@ -90,7 +90,7 @@ def fast_bfloat16(device):
 
     if device.startswith("cuda"):
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = torch.cpu.get_capabilities()
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of PyTorch do not have it
     return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
 
 
