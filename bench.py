@@ -29,8 +29,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data.judge import judge, mean_and_error, questions, split_stories
-from data.prepare import DATA, Parser, check_device, fast_bfloat16, load_data, load_tokenizer, run
+from data.common import DATA, InputError, Parser, check_device, fast_bfloat16, load_data, load_tokenizer, run
+from data.judge import judge, mean_and_error, recall, summary
 from model import ABSORBS, ATTN, GPT, MLA, SIZES, GPTConfig, load_checkpoint
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
@@ -73,8 +73,20 @@ COLUMNS = {  # key of a row: heading, format, what it is
         "with --judge: of sampled stories, 0 to 10; of a single run, ± is between stories",
     ),
     "consistency": ("consist.", "{:.1f}", "likewise"),
-    "creativity": ("creativ.", "{:.1f}", "likewise"),
-    "recall": ("recall", "{:.1%}", "probability of the right word where an unseen story recalls something"),
+    "copied": ("copied", "{:.0%}", "longest run of words from a training story, as a share of the sampled story"),
+    "recall": (
+        "recall",
+        "{:.1%}",
+        "with --judge: probability of the right word, among all of its kind, where an unseen story recalls a fact and "
+        "has used two such words or more",
+    ),
+    "chance": ("chance", "{:.1%}", "recall of a guess among all words of the kind"),
+    "copying": ("copying", "{:.1%}", "recall of a guess among those that the story has used"),
+    "lost": (
+        "forgotten",
+        "{:.4f}",
+        "the part of excess that is lost at words that the story decides, a perfect model 0",
+    ),
 }
 GROUP = ("device", "dtype", "batch", "context")  # rows that share these stand in one table
 DISTANCES = (0, 16, 32, 64, 128)  # tokens: where the bins of the recall curve begin
@@ -172,7 +184,7 @@ def alike(rows, row, names):
 
 
 def check_memory(config, batch, context, dtype, device):
-    """Raise ValueError, before anything is allocated, if the weights, made in float32, and the cache will not fit."""
+    """Raise InputError, before anything is allocated, if the weights, made in float32, and the cache will not fit."""
     with torch.device("meta"):
         model = GPT(config)
     weights = sum(p.numel() for p in model.parameters()) * (4 + dtype.itemsize)
@@ -186,7 +198,7 @@ def check_memory(config, batch, context, dtype, device):
     else:
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > free:
-        raise ValueError(
+        raise InputError(
             f"--batch={batch} --context={context}: {config.attn} would need {needed / 1e9:.1f} GB on {device}, where "
             f"{free / 1e9:.1f} GB are free; choose less"
         )
@@ -269,51 +281,29 @@ def sample(model, tokenizer, count, temperature=0.8, seed=0):
     return texts[:count]
 
 
-@torch.no_grad()
-def recall(model, stories, tokenizer):
-    """How well a model recalls in unseen stories, lists of tokens -> three arrays: which story, distance, probability.
-
-    The probability is that of the right words, token by token, among all that the sentence could have there. Stories
-    that do not fit into the model's context are left out."""
-    asked = []
-    for number, (story, questions_of) in enumerate(zip(stories, questions(stories, tokenizer), strict=True)):
-        if len(story) > model.config.block_size:
-            continue
-        idx = torch.tensor([[tokenizer.eot_token, *story[:-1]]], device=model.token_embedding.weight.device)
-        logits = model(idx, idx)[0][0].double().cpu()
-        for question in questions_of:
-            p, left = 1.0, question.candidates
-            for i, token in enumerate(question.answer):
-                nexts = sorted({candidate[i] for candidate in left if len(candidate) > i})
-                p *= logits[question.place + i, nexts].softmax(0)[nexts.index(token)].item()
-                left = [candidate for candidate in left if candidate[i : i + 1] == [token]]
-            asked.append((number, question.distance, p))
-    return np.array(asked).reshape(-1, 3).T
-
-
 def judged(loaded, count, device):
     """{path: (model, checkpoint)} -> {path: columns of a row}: scores of `count` stories of each, and its recall.
 
-    Raises ValueError if one was trained on something else than data/stories."""
-    meta, _, val = data = load_data(DATA / "stories")
-    same = ("source", "stories", "seed", "tokenizer", "train_tokens", "val_tokens")
+    Raises InputError if one was trained on something else than data/stories."""
+    meta, *_ = data = load_data(DATA / "stories")
+    same = ("source", "stories", "seed", "world", "tokenizer")
     for path, (_, checkpoint) in loaded.items():
         trained_on = checkpoint.get("meta")
         if type(trained_on) is not dict or any(trained_on.get(key) != meta[key] for key in same):
-            raise ValueError(f"--judge: {path} was not trained on what is in {DATA / 'stories'}; leave out --judge")
+            raise InputError(f"--judge: {path} was not trained on what is in {DATA / 'stories'}; leave out --judge")
     tokenizer = load_tokenizer(meta["tokenizer"])
-    unseen = [story.tolist() for story in split_stories(val, tokenizer.eot_token)[:300]]
     told, rows = [], {}
     for path, (model, _) in (bar := tqdm(loaded.items(), leave=False)):
         bar.set_postfix_str(f"{path} tells {count} stories")
         told += sample(model.to(device), tokenizer, count)
-        story, distances, p = recall(model, unseen, tokenizer)
-        bins = np.digitize(distances, DISTANCES) - 1
-        curve = [
-            [int(np.sum(bins == i)), *mean_and_error(p[bins == i], story[bins == i])] for i in range(len(DISTANCES))
-        ]
-        mean, error = mean_and_error(p, story)
-        rows[path] = {"recall": mean, "recall_error": error, "recall_curve": curve}
+        found = recall(model, data, 300)
+        asked, bins = found["asked"], np.digitize(found["distance"], DISTANCES) - 1
+        curve = []
+        for i in range(len(DISTANCES)):
+            here = asked & (bins == i)
+            means = [mean_and_error(found[name][here])[0] for name in ("chance", "copying")]
+            curve.append([int(here.sum()), *mean_and_error(found["p"][here], found["story"][here]), *means])
+        rows[path] = summary(found) | {"recall_curve": curve}
     for name, values in judge(told, data)[0].items():
         for path, of_one in zip(loaded, values.reshape(-1, count), strict=True):
             rows[path][name], rows[path][f"{name}_error"] = mean_and_error(of_one)
@@ -355,7 +345,9 @@ def mean_of(runs):
         values = [one.get(name) for one in runs]
         if name == "recall_curve":
             columns = zip(*values, strict=True)
-            row[name] = [[b[0][0], *mean_and_error([p for _, p, _ in b if p is not None])] for b in columns]
+            row[name] = [
+                [b[0][0], *mean_and_error([run[1] for run in b if run[1] is not None]), *b[0][3:]] for b in columns
+            ]
         elif None not in values:
             row[name], row[f"{name}_error"] = mean_and_error(values)
     return row
@@ -500,8 +492,10 @@ def curves(rows):
 
 def draw_recall(axes, rows):
     for name, (row, *_) in curves(r for r in rows if r.get("recall_curve")).items():
-        _, p, error = np.array(row["recall_curve"], dtype=float).T
+        _, p, error, chance, copying = np.array(row["recall_curve"], dtype=float).T
         axes.errorbar(range(len(p)), p, np.nan_to_num(error), **style_of(row), capsize=3, label=name)
+    axes.plot(copying, "k--", lw=1, label="copying")
+    axes.plot(chance, "k:", lw=1, label="chance")
     bins = [f"{low}–{high - 1}" for low, high in zip(DISTANCES, DISTANCES[1:], strict=False)]
     axes.set_xticks(range(len(DISTANCES)), [*bins, f"{DISTANCES[-1]}–"])
     axes.set(xlabel="tokens since it was last said", ylabel="probability of the right word", ylim=(0, None))
@@ -549,13 +543,13 @@ def parse_arguments():
     for name in ("batch", "context", "rounds", "judge"):
         given = getattr(args, name)
         if given is not None and np.min(given) < 1:
-            raise ValueError(f"--{name}: must be at least 1")
+            raise InputError(f"--{name}: must be at least 1")
     if args.judge and not args.checkpoints:
-        raise ValueError("--judge: name the checkpoints whose stories shall be judged")
+        raise InputError("--judge: name the checkpoints whose stories shall be judged")
     if args.checkpoints and (args.attn is not ATTN or args.size != "30m"):
-        raise ValueError("--attn, --size: choose among fresh models; leave them out where checkpoints are given")
+        raise InputError("--attn, --size: choose among fresh models; leave them out where checkpoints are given")
     if args.out.exists() and not args.out.is_dir():
-        raise ValueError(f"--out={args.out}: must be a folder")
+        raise InputError(f"--out={args.out}: must be a folder")
     args.batch = list(dict.fromkeys(args.batch))
     args.device = args.device or ["cuda" if torch.cuda.is_available() else "cpu"]
     return args
@@ -567,7 +561,7 @@ def choose_models(args, loaded):
         contexts = args.context or [min(model.config.block_size for model, _ in loaded.values()) - 1]
         for path, (model, _) in loaded.items():
             if max(contexts) >= (most := model.config.block_size):
-                raise ValueError(f"--context={max(contexts)}: {path} has a context of {most}, the new token included")
+                raise InputError(f"--context={max(contexts)}: {path} has a context of {most}, the new token included")
         groups = [(paths, loaded[paths[0]][0].config) for paths in seeds_apart(loaded)]
         names = [name_of(asdict(config)) for _, config in groups]
         return [
@@ -590,7 +584,7 @@ def main():
         try:
             print(tables(json.loads(args.table.read_text()), args.columns, markdown=True))
         except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
-            raise ValueError(f"--table={args.table}: cannot be read as a bench.json: {error!r}") from error
+            raise InputError(f"--table={args.table}: cannot be read as a bench.json: {error!r}") from error
         return
     for device in args.device:
         check_device(device)

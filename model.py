@@ -39,6 +39,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from data.common import InputError, Parser, load_tokenizer, run, wrap
+
 ATTN = ("mha", "mha_rope", "gqa", "mla", "mla_rope", "mla_prerope", "mla_decoupled")
 MLA = ATTN[3:]
 LEARNED = ("mha", "mla")  # learn a table of positions; the others use RoPE
@@ -57,7 +59,7 @@ SIZES = {
 
 @dataclass
 class GPTConfig:
-    """The shape of a model. Raises ValueError naming the field, its value and what is allowed."""
+    """The shape of a model. Raises InputError naming the field, its value and what is allowed."""
 
     block_size: int = 512  # longest context, in tokens
     vocab_size: int = 4096
@@ -76,7 +78,7 @@ class GPTConfig:
     def __post_init__(self):
         def check(ok, field, allowed):
             if not ok:
-                raise ValueError(f"{field}={getattr(self, field)!r}: must be {allowed}")
+                raise InputError(f"{field}={getattr(self, field)!r}: must be {allowed}")
 
         check(self.attn in ATTN, "attn", "one of " + ", ".join(ATTN))
         limits = dict(block_size=2**20, vocab_size=2**16, n_layer=2**10, n_head=2**10, n_embd=2**16)
@@ -381,12 +383,12 @@ class GPT(nn.Module):
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, absorb=None, generator=None, stop=None):
         """Continue idx (B, T) by sampling: (B, T + max_new_tokens), or fewer if every row has sampled the token `stop`.
         temperature=0 takes the most likely token, top_k samples among the k most likely. Ignore what follows `stop`.
-        Raises ValueError if an option is out of range, idx is empty, or the result would not fit into block_size."""
+        Raises InputError if an option is out of range, idx is empty, or the result would not fit into block_size."""
         if not (0 <= temperature < math.inf and max_new_tokens >= 0 and (top_k is None or top_k >= 1)):
-            raise ValueError(f"{temperature=} and {max_new_tokens=} must be at least 0, {top_k=} at least 1")
+            raise InputError(f"{temperature=} and {max_new_tokens=} must be at least 0, {top_k=} at least 1")
         length, limit = idx.size(1) + max_new_tokens, self.config.block_size
         if not max_new_tokens < length <= limit:  # or the prompt is empty
-            raise ValueError(f"{length} tokens, {max_new_tokens} of them new: over a context of {limit}, or no prompt")
+            raise InputError(f"{length} tokens, {max_new_tokens} of them new: over a context of {limit}, or no prompt")
         cache, new, was_training = self.init_cache(idx.size(0), absorb), idx, self.training
         stopped = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
         self.eval()
@@ -406,14 +408,14 @@ class GPT(nn.Module):
 
 def load_checkpoint(path, device="cpu"):
     """Read a file of train.py -> the model in eval mode, and all that the file holds. Unpickles only tensors and plain
-    values. Raises ValueError if the file is missing, damaged or foreign."""
+    values. Raises InputError if the file is missing, damaged or foreign."""
     try:
         with warnings.catch_warnings(action="ignore"):  # PyTorch's, about files that are no checkpoints
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can fail in zip, pickle or tensor code
-        raise ValueError(f"{path}: not a checkpoint ({getattr(error, 'strerror', type(error).__name__)})") from error
+        raise InputError(f"{path}: not a checkpoint ({getattr(error, 'strerror', type(error).__name__)})") from error
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
-        raise ValueError(f"{path}: not a {FORMAT}; those of other versions do not load: train the model again")
+        raise InputError(f"{path}: not a {FORMAT}; those of other versions do not load: train the model again")
     model = GPT(GPTConfig(**checkpoint["config"]))
     model.load_state_dict(checkpoint["model"])
     return model.to(device).eval(), checkpoint
@@ -430,8 +432,6 @@ def tell(model, tokenizer, prompt, tokens=math.inf, temperature=0.8, top_k=None,
 
 
 def main():
-    from data.prepare import Parser, load_tokenizer, wrap  # here, because a model needs nothing but torch
-
     parser = Parser(description="Tell a story with a trained model.")
     parser.add_argument("checkpoint", help="a file that train.py wrote, such as out/ckpt.pt")
     parser.add_argument("--prompt", default="Once upon a time", help="the story's first words (default: %(default)s)")
@@ -445,6 +445,4 @@ def main():
 
 
 if __name__ == "__main__":
-    from data import prepare
-
-    prepare.run(main)
+    run(main)

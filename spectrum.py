@@ -27,7 +27,7 @@ import torch
 from scipy.optimize.elementwise import find_root
 from scipy.special import entr
 
-from data.prepare import Parser, run
+from data.common import InputError, Parser, run
 from model import MLA, GPTConfig, load_checkpoint
 
 NULLS = ("chain", "mp")
@@ -370,7 +370,7 @@ def read_model(path):
     model, checkpoint = load_checkpoint(path)
     step = checkpoint.get("step")
     if type(step) is not int:
-        raise ValueError(f"{path}: does not say of which step it is; was it written by train.py?")
+        raise InputError(f"{path}: does not say of which step it is; was it written by train.py?")
     found = spectra(model)
     finite = np.all([np.isfinite(levels["heads"]).all((1, 2)) for levels in found.values()], axis=0)
     for layer in np.flatnonzero(~finite):
@@ -380,10 +380,10 @@ def read_model(path):
 
 def read_run(folder):
     """The spectrum.jsonl of a run folder -> GPTConfig, steps (S of them), and spectra() with S in front. Says which
-    lines are not whole snapshots of the run. Raises ValueError if none is."""
+    lines are not whole snapshots of the run. Raises InputError if none is."""
     path = folder / "spectrum.jsonl"
     if not path.is_file():
-        raise ValueError(f"{folder}: no run's folder: it has no spectrum.jsonl, which train.py writes into --out")
+        raise InputError(f"{folder}: no run's folder: it has no spectrum.jsonl, which train.py writes into --out")
     config, snapshots = None, {}
     for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
         try:
@@ -398,7 +398,7 @@ def read_run(folder):
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             print(f"{path}: line {number} is not a whole snapshot; left out", file=sys.stderr)
     if not snapshots:
-        raise ValueError(f"{path}: holds no whole snapshot; train again")
+        raise InputError(f"{path}: holds no whole snapshot; train again")
     steps = sorted(snapshots)
     found = {
         c: {level: np.stack([snapshots[step][c, level] for step in steps]) for level in levels}
@@ -604,9 +604,9 @@ def main():
     args = parser.parse_args()
     dynamics = any(path.is_dir() for path in args.paths)
     if not dynamics and len(args.paths) > 1:
-        raise ValueError("give one checkpoint, or one or more run folders: " + " ".join(map(str, args.paths)))
+        raise InputError("give one checkpoint, or one or more run folders: " + " ".join(map(str, args.paths)))
     if args.out and args.out.exists() and not args.out.is_dir():
-        raise ValueError(f"--out={args.out}: must be a folder")
+        raise InputError(f"--out={args.out}: must be a folder")
 
     runs, result = [], []
     for path in args.paths:
@@ -614,8 +614,8 @@ def main():
             config, steps, found = (read_run if dynamics else read_model)(path)
             circuit = args.circuit or [*found][-1]
             if circuit not in found:
-                raise ValueError(f"{path}: --circuit={circuit}: {config.attn} has only " + ", ".join(found))
-        except ValueError as error:
+                raise InputError(f"{path}: --circuit={circuit}: {config.attn} has only " + ", ".join(found))
+        except InputError as error:
             if len(args.paths) == 1:
                 raise
             print(f"{error}; left out", file=sys.stderr)
@@ -631,7 +631,7 @@ def main():
         runs.append((f"{path.name}: {config.attn}, {circuit}", steps, chosen[args.null]))
         result.append({"path": str(path), "config": asdict(config), "steps": steps, **plain(diagnosed)})
     if not runs:
-        raise ValueError("nothing to show: all of these runs were left out")
+        raise InputError("nothing to show: all of these runs were left out")
     out = args.out
     if out:
         out.mkdir(parents=True, exist_ok=True)

@@ -29,17 +29,19 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data.prepare import (
+from data.common import (
     DATA,
+    InputError,
     Parser,
     check_device,
     fast_bfloat16,
     load_data,
     load_tokenizer,
-    prepare,
     run,
     wrap,
 )
+from data.judge import recall, summary
+from data.prepare import prepare
 from model import ATTN, FORMAT, GPT, SIZES, GPTConfig, load_checkpoint, tell
 from spectrum import snapshot
 
@@ -60,7 +62,7 @@ def option(default, help, choices=None):
 class Options:
     """How to train. What is None is chosen by what else is known, so that afterwards nothing is.
 
-    Raises ValueError that names the option, what it got, and what it may be."""
+    Raises InputError that names the option, what it got, and what it may be."""
 
     size: str = option(None, "shape of the model, and a budget that suits it (tiny on a CPU, 30m on a GPU)", SIZES)
     data: str = option("stories", "folder that data/prepare.py made: its name in data/, or a path")
@@ -86,7 +88,7 @@ class Options:
             chosen_below = value is None is f.default
             right = type(value) is f.type or (type(value), f.type) == (int, float) or chosen_below
             if not right or value is not None and choices and value not in choices:
-                raise ValueError(f"--{f.name}={value!r}: must be " + (", ".join(choices or ()) or f.type.__name__))
+                raise InputError(f"--{f.name}={value!r}: must be " + (", ".join(choices or ()) or f.type.__name__))
         self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         on_cuda = self.device.startswith("cuda")
         self.size = self.size or ("30m" if on_cuda else "tiny")
@@ -98,10 +100,10 @@ class Options:
         self.dtype = self.dtype or ("bfloat16" if fast_bfloat16(self.device) else "float32")
         for name in ("steps", "batch_size", "grad_accum", "eval_interval", "eval_steps", "lr", "grad_clip"):
             if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"--{name}={getattr(self, name)}: must be above 0")
+                raise InputError(f"--{name}={getattr(self, name)}: must be above 0")
         for name, most in (("warmup", 1), ("weight_decay", math.inf), ("seed", 2**32)):
             if not 0 <= getattr(self, name) < most:
-                raise ValueError(f"--{name}={getattr(self, name)}: must be at least 0 and below {most}")
+                raise InputError(f"--{name}={getattr(self, name)}: must be at least 0 and below {most}")
 
 
 MODEL_HELP = {
@@ -140,12 +142,12 @@ def parse_arguments(arguments=None):
 
 
 def load_last(path):
-    """The checkpoint last.pt, from which a run can go on. ValueError if it is not there, or not whole."""
+    """The checkpoint last.pt, from which a run can go on. InputError if it is not there, or not whole."""
     if not path.exists():
-        raise ValueError(f"--resume: there is no {path}; start the run without --resume")
+        raise InputError(f"--resume: there is no {path}; start the run without --resume")
     last = load_checkpoint(path)[1]
     if "optimizer" not in last:
-        raise ValueError(f"--resume: {path} holds a model, but not the state of a run")
+        raise InputError(f"--resume: {path} holds a model, but not the state of a run")
     try:
         Options(**last["options"])
         names = [{f.name for f in fields(part)} for part in (Options, GPTConfig)]
@@ -153,7 +155,7 @@ def load_last(path):
         if [last["options"].keys(), last["config"].keys()] != names or not plain:
             raise ValueError("options, config or meta are not whole")
     except Exception as error:  # anything can stand in the file
-        raise ValueError(f"--resume: {path} is damaged: {error!r}"[:300]) from error
+        raise InputError(f"--resume: {path} is damaged: {error!r}"[:300]) from error
     return last
 
 
@@ -164,7 +166,7 @@ def resolve(given):
         saved = {k: v for k, v in (last["options"] | last["config"]).items() if k not in ("resume", "out")}
         for name, value in given.items():
             if name not in ("resume", "out", "device", "compile") and value != saved[name]:
-                raise ValueError(f"--resume: the run has --{name}={saved[name]}, not {value}; leave that flag out")
+                raise InputError(f"--resume: the run has --{name}={saved[name]}, not {value}; leave that flag out")
         if "device" in given:  # another machine, perhaps, where it may not pay
             saved["compile"] = None
         given = saved | given
@@ -177,7 +179,7 @@ def join_processes(batch_size, device):
     """Under torchrun: meet the other processes. -> the number of this one, how many there are, and its device."""
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if batch_size % processes:
-        raise ValueError(f"--batch_size={batch_size}: must be a multiple of the {processes} processes that share it")
+        raise InputError(f"--batch_size={batch_size}: must be a multiple of the {processes} processes that share it")
     if processes > 1 and device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     check_device(device)
@@ -311,7 +313,7 @@ def clear_folder(out, resumed_at):
             lines = log.read_text().splitlines(keepends=True)
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= resumed_at]
         except (ValueError, LookupError, TypeError, RecursionError) as error:
-            raise ValueError(f"--resume: {log} is damaged; move it away, and a new one begins: {error!r}") from error
+            raise InputError(f"--resume: {log} is damaged; move it away, and a new one begins: {error!r}") from error
         log.with_suffix(".tmp").write_text("".join(kept))
         os.replace(log.with_suffix(".tmp"), log)
 
@@ -323,10 +325,10 @@ class Run:
         self.options, self.config, last = resolve(given)  # what is wrong with them is said before any data is made
         options, block_size = self.options, self.config.block_size
         if block_size < 16:
-            raise ValueError(f"--block_size={block_size}: must be at least 16, to hold the beginning of a story")
+            raise InputError(f"--block_size={block_size}: must be at least 16, to hold the beginning of a story")
         self.out = Path(options.out)
         if self.out.exists() and not self.out.is_dir():
-            raise ValueError(f"--out={options.out}: is a file; name a folder")
+            raise InputError(f"--out={options.out}: is a file; name a folder")
         self.process_index, self.world_size, self.device = join_processes(options.batch_size, options.device)
         self.leader = self.process_index == 0  # it alone reports and writes
 
@@ -334,14 +336,14 @@ class Run:
         self.tokenizer = load_tokenizer(self.meta["tokenizer"])
         self.config.vocab_size = self.tokenizer.n_vocab
         if self.config.vocab_size != self.meta["vocab_size"]:
-            raise ValueError(
+            raise InputError(
                 f"--data={options.data}: tokens and meta.json do not fit together; make it with data/prepare.py"
             )
         self.facts = {key: value for key, value in self.meta.items() if key != "val_nats"}
         if last and last["meta"] != self.facts:
-            raise ValueError(f"--resume: --data={options.data} is not what the run was trained on")
+            raise InputError(f"--resume: --data={options.data} is not what the run was trained on")
         if (there := len(self.train_tokens) - 1) < block_size:
-            raise ValueError(f"--block_size={block_size}: there are only {there} tokens to train on")
+            raise InputError(f"--block_size={block_size}: there are only {there} tokens to train on")
         end = self.tokenizer.eot_token
         self.starts, _ = story_rows(self.train_tokens, end, block_size)
         self.val_rows = story_rows(self.val_tokens, end, block_size)
@@ -363,7 +365,7 @@ class Run:
             try:
                 self.restore(last)
             except Exception as error:  # anything can stand in the file
-                raise ValueError(f"--resume: {options.out}/last.pt is damaged: {error!r}"[:300]) from error
+                raise InputError(f"--resume: {options.out}/last.pt is damaged: {error!r}"[:300]) from error
         net = torch.compile(self.model) if options.compile else self.model
         self.net = DistributedDataParallel(net) if self.world_size > 1 else net
         kind = torch.device(self.device).type
@@ -443,6 +445,10 @@ class Run:
         nats = np.cumsum([0.0, *self.meta["val_nats"]])  # up to each end of a story
         return total / count, float(np.interp(count, self.story_ends, nats)) / count
 
+    def bits_per_byte(self, val_loss):
+        """Validation loss in a unit that does not depend on the tokenizer."""
+        return val_loss * self.meta["val_tokens"] / self.meta["val_bytes"] / math.log(2)
+
     def save(self, step, val_loss=None, floor=None):
         """Write last.pt; and if val_loss is given and the best so far, ckpt.pt."""
         checkpoint = {
@@ -474,6 +480,7 @@ class Run:
         if not math.isfinite(val_loss):
             raise FloatingPointError(f"step {step}: val loss is {val_loss}; {self.rescue()}")
         excess = floor and val_loss - floor
+        bits_per_byte = None if floor else self.bits_per_byte(val_loss)
         loss = rate = mfu = left = None
         if self.losses:
             loss = sum(self.losses) / len(self.losses)
@@ -483,10 +490,10 @@ class Run:
             peak = peak_flops(self.device)
             mfu = peak and rate * flops_per_token(self.model) / (peak * self.world_size)
         tqdm.write(
-            f"{step:6}{cell(loss, 8, '.4f')}{val_loss:8.4f}{cell(excess, 8, '.4f')}"
+            f"{step:6}{cell(loss, 8, '.4f')}{val_loss:8.4f}{cell(excess or bits_per_byte, 8, '.4f')}"
             f"{cell(rate, 10, ',.0f')}{cell(mfu, 6, '.0%')}{cell(left, 9)}"
         )
-        entry = {"step": step, "loss": loss, "val_loss": val_loss, "excess": excess}
+        entry = {"step": step, "loss": loss, "val_loss": val_loss, "excess": excess, "bits_per_byte": bits_per_byte}
         entry |= {"gradient_norm": self.norm, "tokens_per_second": rate}
         with open(self.out / "log.jsonl", "a") as log:
             log.write(json.dumps(entry) + "\n")
@@ -521,7 +528,8 @@ class Run:
         if self.leader:
             size = f"{sum(p.numel() for p in self.model.parameters()):,} parameters"
             print(f"{self.config.attn}, {size}; {self.device}, {options.dtype}; {self.tokens_per_step:,} tokens a step")
-            print(f"{'step':>6}{'loss':>8}{'val':>8}{'excess':>8}{'tokens/s':>10}{'MFU':>6}{'left':>9}")
+            over = "excess" if self.meta["val_nats"] else "bits/B"
+            print(f"{'step':>6}{'loss':>8}{'val':>8}{over:>8}{'tokens/s':>10}{'MFU':>6}{'left':>9}")
         silent = None if self.leader else True  # None: tqdm shows its bar on terminals only
         bar = tqdm(total=options.steps, initial=self.first, unit=" steps", leave=False, disable=silent)
         for step in range(self.first, options.steps + 1):
@@ -546,7 +554,15 @@ class Run:
         of_mha = config.n_layer * 2 * config.n_embd * torch.bfloat16.itemsize
         print(f"\nval loss {loss:.4f} nats per token on all {self.meta['val_stories']:,} validation stories")
         if floor:
+            found = summary(recall(model, (self.meta, self.train_tokens, self.val_tokens)))
+            lost, rest = found["lost"], loss - floor - found["lost"]
             print(f"excess   {loss - floor:.4f} over the {floor:.4f} that the stories hold; a perfect model has 0")
+            print(f"         {lost:.4f} of it at words that the story decides (forgotten), {rest:.4f} elsewhere")
+            if found["recall"]:
+                told = "{recall:.1%} of what a story asks for; chance {chance:.1%}, copying any such word {copying:.1%}"
+                print(f"recall   {told.format(**found)}")
+        else:
+            print(f"         {self.bits_per_byte(loss):.4f} bits per byte of text")
         change = cached / of_mha - 1
         compared = f"{abs(change):.0%} {'less' if change < 0 else 'more'} than" if change else "as many as"
         print(f"KV cache {cached:,} bytes per token in bfloat16, {compared} the {of_mha:,} of mha")

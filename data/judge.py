@@ -1,208 +1,129 @@
-"""Read stories of the world back, and score them as a strict reader would: python data/stories.py judge FILE.txt
+"""Read stories of the world back and score them as a strict reader would: python data/judge.py FILE --explain
 
-A story is read against the tellings of world.txt, the same that wrote it: each tells an event in a few sentences. What
-it mentions is compared with what was said before. The scores are 0 to 10:
+A story is matched against the tellings of world.txt, which also wrote it. What it mentions is compared with what it said
+before. Three scores, as in Mehta et al. 2025, who asked GPT-4 for them:
 
-    grammar       10 times the share of words that stand in sentences of the world, capitals and punctuation included
-    consistency   10 times the share of checkable statements that agree with what was told: somebody or something
-                  mentioned again, a pronoun, a colour, a fact recalled. About a fifth of them recall something: the
-                  world's own stories with every recalled word replaced by another have 7.7. Without statements: 0
-    creativity    10 times the share of sequences of 8 tokens that are neither in the nearest training story nor a
-                  repetition, over that share in unseen stories: a copy has 0, a new story about 10, and at most 10
+    grammar       0 to 10: the share of words in sentences of the world, capitals and punctuation included
+    consistency   0 to 10: the share of checkable statements that agree with what was told: somebody or something that is
+                  mentioned again, a pronoun, a colour, a fact that is recalled. A story without statements has 0
+    copied        the longest run of words that also stands in the training stories, as a share of the story: 100% is a
+                  copy. (In place of creativity. It counts tokens, which are whole words)
 
-That something happens twice, or after the end, contradicts nothing, and costs creativity alone.
+Repeating oneself, or going on after the end, contradicts nothing.
 """
 
 import re
-from bisect import bisect_left
+import sys
 from collections import defaultdict
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 
-from data.prepare import END, load_tokenizer
-from data.stories import EVENTS, FIRST_LETTERS, LISTS, NAMES, PRONOUNS
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent.parent))  # where the package `data` is found
 
-NAMED = {"hero": "person", "friend": "person", "thing": "thing", "fragile": "thing", "home": "home"}  # as in NAMES
-CHANGING = ("friend", "thing", "spot", "part", "colour", "fun", "food")  # the others stay who or what they are
-# The fields that a role is introduced by; the roles that are not here, by all.
-INTRODUCE = dict(hero=(), friend=("full",), thing=("a", "full"), fragile=("a", "full"), baby=("a",), tool=("a",))
+from data.common import DATA, END, InputError, Parser, load_data, load_tokenizer, run, split_stories
+from data.stories import (
+    EVENTS,
+    FIRST_LETTERS,
+    LISTS,
+    PAIRS,
+    PRONOUNS,
+    Author,
+    parse,
+    questions,
+    role_of,
+    spell,
+    words_of,
+)
+
+PEOPLE = ("hero", "friend", "child")
+CHANGING = {slot for _, _, slots, _ in PAIRS.values() for slot in slots.split()} | {"friend", "thing", "fun", "food"}
+# The fields that introduce somebody or something. Other roles are introduced by any.
+INTRODUCE = dict(hero=(), friend=("full",), thing=("a", "full"), fragile=("a", "full"))
 SENTENCE_END = re.compile(r'(?<=[.!?]) (?=["A-Z])|(?<=[.!?]") (?=["A-Z])')
-CHILD = {name: child for child in ("girl", "boy") for name in LISTS[child]}
+TEMPLATE_END = re.compile(r'(?<=[.!?]) (?=["A-Z{[])|(?<=\.") |(?<=[!?]") (?=["A-Z]|\{(?:hero|friend|child)\})')
+CHILD = {str(name): child for child in PRONOUNS for name in LISTS[child]}
 
-# The sentences, from templates to regular expressions -----------------------------------------------------------------
-
-
-def role_of(slot):
-    return slot.rstrip("23")
-
-
-def words_in(text):
-    return set(re.findall(r"[\w']+", text.lower()))
+# From templates to regular expressions --------------------------------------------------------------------------------
 
 
 def capital(before, text):
-    """text with the capitals that a writer gives it behind `before`."""
+    """text with the capitals that the writer gives it after `before`."""
     tail = before[-4:]  # as far as FIRST_LETTERS looks back
     return FIRST_LETTERS.sub(lambda m: m[1] + m[2].upper(), tail + text)[len(tail) :]
 
 
-def words_of(role):
-    """All words of a role, of every place."""
-    return LISTS.get(role) or [word for place in LISTS["place"] for word in LISTS[f"{role} {place.at}"]]
-
-
-def pieces_of(slot, form):
-    """How a slot is filled -> a form like "the {colour} {}", and for each of its pieces {what is written: its value}.
-
-    The piece "" says who or what it is; the others are what is said of it."""
-    role = role_of(slot)
-    what = NAMED.get(role)
-    if form in PRONOUNS["boy"]:
-        options = defaultdict(set)
-        for child, forms in PRONOUNS.items():
-            options[forms[form]].add(child)
-        return "{child}", {"child": options}
-    if what is None:
-        return "{}", {"": {getattr(word, form) if form else str(word): str(word) for word in words_of(role)}}
-    if what == "home":
-        words = {"": [f"{home} {where}" for home in LISTS["home"] for where in LISTS["where"]]}
-    elif what == "person":
-        words = {"": CHILD, "kind": (*LISTS["kind"], *PRONOUNS)}
-    else:
-        words = {"": LISTS[role], "colour": LISTS["colour"], "quality": LISTS["quality"]}
-    pieces = {piece: {str(option): str(option) for option in options} for piece, options in words.items()}
-    return NAMES[what][form].replace(NAMES[what][""], "{}"), pieces
-
-
 @dataclass
 class Mention:
-    """A slot of a telling: what fills it, and where a match of the telling has it."""
+    """A slot in a telling."""
 
     slot: str
     anew: bool
     introduces: bool
-    pieces: dict  # {piece: (name of its group, {what is written: its value})}
+    pieces: dict  # {what it says: (name of the group that matches it, {what is written: its value})}
 
 
-def pattern(parts, before, mentions):
-    """The regular expression of a telling's parts; its slots are added to mentions."""
-    out = ""
-    for part in parts:
-        if type(part) is str:
-            out += re.escape(capital(before, part))
-            before += part
-            continue
-        if type(part) is list:
-            out += "(?:" + "|".join(pattern(option, before, mentions) for option in part) + ")"
-        else:
-            out += slot_pattern(*part, capital(before, "a") == "A", mentions)
-        before += "x"
-    return out
-
-
-def slot_pattern(slot, form, anew, first, mentions):
-    """first: it begins a sentence."""
-    text, pieces = pieces_of(slot, form)
-    introduces = form in INTRODUCE.get(role_of(slot), (form,))
-    mention = Mention(slot, anew, introduces, {})
-    if first:
-        text = text[0].upper() + text[1:]
-
-    def group(match):
-        piece = match[1]
-        if piece == "article":
-            return "(?:an(?= [aeiou])|a(?= [^aeiou]))"
-        values = pieces[piece]
-        if first and match.start() == 0:
-            values = {word[0].upper() + word[1:]: value for word, value in values.items()}
-        name = f"{piece}_{len(mentions)}"
-        mention.pieces[piece] = name, values
-        return f"(?P<{name}>{'|'.join(map(re.escape, values))})"
-
-    text = re.sub(r"\{(\w*)\}", group, text)
-    if form == "full" and NAMED[role_of(slot)] == "person":  # "Tom the fox", or Tom alone, who is a boy
-        text = text.replace(" the ", "(?: the ") + ")?"
-    mentions.append(mention)
-    return text
-
-
-@dataclass
 class Telling:
-    """One way to tell an event, as something to be recognised."""
+    """One way to tell an event, or a sentence of one (event None), as a regular expression."""
 
-    event: str
-    facts: list
-    parts: list
+    def __init__(self, event, facts, template):
+        self.event, self.facts, self.mentions = event, facts, []
+        self.regex = re.compile(self.pattern(parse(template), "\n") + "(?= |$)")
 
-    @cached_property
-    def regex_and_mentions(self):
-        mentions = []
-        return re.compile(pattern(self.parts, "\n", mentions)), mentions
-
-
-def sentences_of(parts):
-    """The parts of a telling -> those of each of its sentences."""
-    sentences = [[]]
-    for part, after in zip(parts, [*parts[1:], ""], strict=True):
-        if type(part) is not str:
-            sentences[-1].append(part)
-            continue
-        # Whether a quotation ends its sentence shows in the letter behind it: split as if it stood there.
-        named = type(after) is tuple and NAMED.get(role_of(after[0])) == "person" and not after[1]
-        next_letter = "A" if named else capital(part, "a") if after else ""
-        *ended, last = SENTENCE_END.split(part + next_letter)
-        for text in ended:
-            sentences[-1].append(text)
-            sentences.append([])
-        sentences[-1].append(last[: len(last) - len(next_letter)])
-    return [[part for part in sentence if part] for sentence in sentences]
-
-
-def atoms_of(parts):
-    """A sequence of regular expressions without groups, cut where tellings may begin to differ."""
-    before = "\n"
-    for part in parts:
-        if type(part) is str:
-            yield from map(re.escape, re.findall(r"\S+ ?| ", capital(before, part)))
-            before += part
-        else:
-            yield re.sub(r"\(\?P<\w+>", "(?:", pattern([part], before, []))
+    def pattern(self, parts, before):
+        out = ""
+        for part in parts:
+            if type(part) is str:
+                out += re.escape(capital(before, part))
+                before += part
+                continue
+            if type(part) is list:
+                out += "(?:" + "|".join(self.pattern(option, before) for option in part) + ")"
+            else:
+                out += self.slot_pattern(*part, capital(before, "a") == "A")
             before += "x"
+        return out
 
-
-def alternation(every):
-    """Tellings -> one regular expression for all, and [the tellings that match, ...] by the group that ends the match.
-
-    Beginnings that are the same are tried once."""
-    root, alike = {}, []
-    for telling in every:
-        node = root
-        for atom in atoms_of(telling.parts):
-            node = node.setdefault(atom, {})
-        node.setdefault(None, []).append(telling)
-
-    def regex(node):
-        out = [atom + regex(child) for atom, child in node.items() if atom is not None]
-        if None in node:
-            alike.append(node[None])
-            out.append("(?= |$)()")
-        return out[0] if len(out) == 1 else f"(?:{'|'.join(out)})"
-
-    return re.compile(regex(root)), alike
+    def slot_pattern(self, slot, form, anew, first):
+        """first: does a sentence begin here? The piece "" says who or what it is, the others what is said about it."""
+        role, out, pieces = role_of(slot), "", {}
+        for text, piece, kind, word_form in spell(role, form):
+            out += text if out or not first else text.capitalize()
+            if piece == "article":
+                out += ("A" if first else "a") + "(?:n(?= [aeiou])|(?= [^aeiou]))"
+            elif piece or kind:
+                if kind:
+                    values = {
+                        str(getattr(word, word_form) if word_form else word): str(word) for word in words_of(kind)
+                    }
+                else:  # a pronoun: which children can it stand for?
+                    piece, values = "child", defaultdict(set)
+                    for child, forms in PRONOUNS.items():
+                        values[forms[form]].add(child)
+                if first and not out:
+                    values = {word[0].upper() + word[1:]: value for word, value in values.items()}
+                name = f"{piece}_{len(self.mentions)}"
+                pieces[piece] = name, values
+                out += f"(?P<{name}>{'|'.join(map(re.escape, values))})"
+        if role in PEOPLE and form == "full":  # "Tom the fox", or Tom alone, who is a boy
+            out = out.replace(" the ", "(?: the ") + ")?"
+        self.mentions.append(Mention(slot, anew, form in INTRODUCE.get(role, (form,)), pieces))
+        return out
 
 
 @cache
 def tellings():
-    return alternation(Telling(event, facts, parts) for event, (facts, told) in EVENTS.items() for parts in told)
+    return [Telling(event, facts, line) for event, (facts, lines) in EVENTS.items() for line in lines]
 
 
 @cache
 def sentences():
-    """Every sentence of a telling, as one that tells no event."""
-    every = (sentence for _, told in EVENTS.values() for parts in told for sentence in sentences_of(parts))
-    return alternation(Telling(None, [], sentence) for sentence in every)
+    """Every sentence of every telling, alone."""
+    lines = {s: None for _, lines in EVENTS.values() for line in lines for s in TEMPLATE_END.split(line)}
+    return [Telling(None, [], line) for line in lines]
 
 
 # Reading --------------------------------------------------------------------------------------------------------------
@@ -210,16 +131,11 @@ def sentences():
 
 @dataclass
 class Statement:
-    """Something that can be checked, in words; told: the number of the passage that it agrees with or contradicts.
-
-    asked: where in the text the word stands that what was told decides, as (start, end, {written: value});
-    said: where that word was last said before this passage. Both are None where nothing is recalled."""
+    """Something that can be checked, in words; told: the number of the passage that it agrees with or contradicts."""
 
     says: str
     agrees: bool
     told: int | None = None
-    asked: tuple | None = None
-    said: int | None = None
 
 
 @dataclass
@@ -233,27 +149,32 @@ class Passage:
     statements: list = field(default_factory=list)
 
 
+def words_in(text):
+    return set(re.findall(r"[\w']+", text.lower()))
+
+
 class Reader:
     """Reads one story, passage by passage."""
 
     def __init__(self, text):
         self.text = " ".join(text.split())
-        self.known = defaultdict(dict)  # {role: {who or what: {what is said of it: (value, passage)}}}
+        self.known = defaultdict(dict)  # {role: {who or what: {what is said about it: (value, passage)}}}
         self.cast = {}  # {slot: who or what}
         self.state = {}  # {(subject, relation): (object, passage)}
-        self.said = {}  # {(role, who or what, what is said of it): where in the text}
         self.unread = set()  # words of what did not parse
-        self.passages = []  # the last of these, and its number, are self.passage and self.now
+        self.passages = []
         place = 0
         while place < len(self.text):
             place = self.read(place) + 1
 
     def read(self, start):
         """Read the passage that begins there -> its end."""
-        for regex, alike in (tellings(), sentences()):
-            if match := regex.match(self.text, start):
-                self.tell(alike[match.lastindex - 1], start, match.end())
-                return match.end()
+        for options in (tellings(), sentences()):
+            found = [(telling, match) for telling in options if (match := telling.regex.match(self.text, start))]
+            if found:
+                end = max(match.end() for _, match in found)
+                self.tell([(telling, match) for telling, match in found if match.end() == end])
+                return end
         match = SENTENCE_END.search(self.text, start)
         end = match.start() if match else len(self.text)
         self.passages.append(Passage(self.text[start:end], False))
@@ -261,147 +182,113 @@ class Reader:
         return end
 
     def lose(self, text):
-        """This was not understood: it may have said anything of those who are in it."""
+        """This was not understood. It may have said anything about those who are in it."""
         words = words_in(text)
         self.unread |= words
         self.state = {key: value for key, value in self.state.items() if not words_in(key[0]) <= words}
 
     def doubt(self, *words):
-        """May something that was not understood have told of them? (Of "feed the ducks" as "fed the ducks", too.)"""
+        """May something that was not understood have told about them? (About "feed the ducks" as "fed the ducks".)"""
         return any(words_in(word.partition(" ")[2] or word) <= self.unread for word in words)
 
     def check(self, *statement):
-        self.passage.statements.append(Statement(*statement))
+        self.passages[-1].statements.append(Statement(*statement))
 
-    def last_said(self, slot, piece):
-        return self.said.get((role_of(slot), self.cast.get(slot), piece))
+    def known_as(self, slot):
+        return self.known["person" if role_of(slot) in PEOPLE else role_of(slot)]
 
-    def tell(self, alike, start, end):
-        """Take in a telling."""
-        # The same words may tell of something new, or again of something known. If none fits, it is the last.
-        for telling in alike:
-            regex, mentions = telling.regex_and_mentions
-            match = regex.match(self.text, start)
-            found = [(mention, filled) for mention in mentions if (filled := self.filled(mention, match))]
+    def tell(self, found):
+        """Take in a telling. The same words may introduce something or mention it again: the first that fits, or the last."""
+        for telling, match in found:
+            filled = [(mention, self.filled(mention, match)) for mention in telling.mentions]
+            filled = [(mention, values) for mention, values in filled if values]
             if all(
-                (filled[""] in self.known[role_of(mention.slot)]) != mention.anew
-                for mention, filled in found
-                if "" in filled and (mention.anew or telling.event is None)
+                (values[""] in self.known_as(mention.slot)) != mention.anew
+                for mention, values in filled
+                if "" in values and (mention.anew or telling.event is None)
             ):
                 break
-        self.now = len(self.passages)
-        self.passage = Passage(self.text[start:end], True, telling.event)
-        self.passages.append(self.passage)
-        first, last = {}, {}  # {(slot, piece): (start, end, options)} of mentions in this passage
-        for mention, filled in found:
-            for piece in filled.keys() - {"child"}:
-                name, options = mention.pieces[piece]
-                last[mention.slot, piece] = *match.span(name), options
-                first.setdefault((mention.slot, piece), last[mention.slot, piece])
-            if "" in filled:
-                self.who(mention, filled)
-        asked = {value for _, _, value, mode in telling.facts if mode == "?"}
-        for mention, filled in found:
-            for piece in filled.keys() - {""}:
-                place = first[mention.slot, piece] if f"{mention.slot}.{piece}" in asked else None
-                self.what(mention.slot, piece, filled[piece], place)
+        self.passages.append(Passage(match[0], True, telling.event))
+        for mention, values in filled:
+            if "" in values:
+                self.who(mention, values)
+        for mention, values in filled:
+            for piece in values.keys() - {""}:
+                self.what(mention.slot, piece, values[piece])
         for fact in telling.facts:
-            self.recall_or_set(*fact, first)
-        for (slot, piece), (_, stop, _) in last.items():
-            self.said[role_of(slot), self.cast.get(slot), piece] = stop
+            self.recall_or_set(*fact)
         if telling.event is None:
-            self.lose(self.passage.text)
+            self.lose(match[0])
 
     def filled(self, mention, match):
         """{piece: value} of what was written; {} if the mention stands in an alternative that was not taken."""
         found = {piece: (match[name], values) for piece, (name, values) in mention.pieces.items()}
         return {piece: values[text] for piece, (text, values) in found.items() if text is not None}
 
-    def what(self, slot, piece, value, asked):
-        """Something is said of somebody or something: has it been so, if it was said before?"""
-        known, here = self.known[role_of(slot)], self.passage.cast
+    def what(self, slot, piece, value):
+        """Something is said about somebody or something. Does it agree with what was said before?"""
+        known, here, now = self.known_as(slot), self.passages[-1].cast, len(self.passages) - 1
         who = here.get(slot) or self.cast.get(slot)
         if who is None:
             if not self.unread:
                 self.check(f"{slot}: nobody is known", False)
             return
         here[slot] = who
-        if who not in known:  # the wrong one: that is a contradiction already
+        if who not in known:  # the wrong one, which is a contradiction already
             return
         if piece not in known[who]:
-            known[who][piece] = value, self.now
+            known[who][piece] = value, now
             if value not in PRONOUNS:
                 return
-            piece, value = "child", {value}  # a boy, or a girl: the name must be one's
+            piece, value = "child", {value}  # a boy or a girl: the name must be one's
         old, told = known[who][piece]
-        if piece == "child":
-            self.check(f"{who}: a {old}", old in value, told)
-        else:
-            said = self.last_said(slot, piece) if asked else None
-            self.check(f"{who}: {piece} {value}", old == value, told, asked, said)
+        agrees = old in value if piece == "child" else old == value
+        self.check(f"{who}: a {old}" if piece == "child" else f"{who}: {piece} {value}", agrees, told)
 
-    def who(self, mention, filled):
-        """Somebody or something is mentioned by name: is it known, is it the one it must be?"""
-        who, slot, role, here = filled[""], mention.slot, role_of(mention.slot), self.passage.cast
-        known = self.known[role]
+    def who(self, mention, values):
+        """Somebody or something is named. Is it known, and is it the one that it must be?"""
+        who, slot, role, now = values[""], mention.slot, role_of(mention.slot), len(self.passages) - 1
+        known, here = self.known_as(slot), self.passages[-1].cast
         before = here.get(slot) or (None if role in CHANGING or mention.anew else self.cast.get(slot))
         here[slot] = who
         if before not in (None, who):
-            told = known[before]["since"][1] if before in known else self.now  # unknown: the wrong one itself
-            self.check(f"{who}, not {before}", False, told)
+            self.check(f"{who}, not {before}", False, known[before]["since"][1] if before in known else now)
             return  # it is still the other
         elif who in known:
             if not mention.anew:
-                self.check(who, True, known[who]["since"][1])
-        elif not mention.introduces and self.passage.event != "open" and not self.doubt(who):
+                self.check(who, role == "hero" or who != self.cast.get("hero"), known[who]["since"][1])
+        elif not mention.introduces and self.passages[-1].event != "open" and not self.doubt(who):
             self.check(f"{who} was not in the story", False)
         elif role in ("spot", "helper", "fun") and self.cast.get("place"):
             place = self.cast["place"]
             at = next(word.at for word in LISTS["place"] if word == place)
             self.check(f"{who}: {at}", who in LISTS[f"{role} {at}"], self.known["place"][place]["since"][1])
-        elif role == "friend" and who == self.cast.get("hero"):
-            self.check(f"{who} is two children", False)
-        facts = known.setdefault(who, {"since": (None, self.now)})
-        if role in ("hero", "friend"):
-            facts.setdefault("child", (CHILD[who], self.now))
-        if "kind" in mention.pieces and "kind" not in filled:  # Tom, not "Tom the fox"
-            facts.setdefault("kind", (CHILD[who], self.now))
+        facts = known.setdefault(who, {"since": (None, now)})
+        if role in PEOPLE:
+            facts.setdefault("child", (CHILD[who], now))
+        if "kind" in mention.pieces and "kind" not in values:  # Tom, not "Tom the fox"
+            facts.setdefault("kind", (CHILD[who], now))
         self.cast[slot] = who
 
-    def recall_or_set(self, slot, relation, value, mode, first):
-        """As Author does; what is recalled is compared instead."""
+    def recall_or_set(self, slot, relation, value, mode):
+        """As Author does, except that what is recalled is compared."""
         subject, (of, _, piece) = self.cast.get(slot, slot), value.partition(".")
-        value = self.cast.get(of, of)
         if piece:  # checked where it is mentioned
             return
+        value = self.cast.get(of, of)
         if mode not in "?!":
-            self.state[subject, relation] = value, self.now
+            self.state[subject, relation] = value, len(self.passages) - 1
             return
         old, told = self.state.get((subject, relation), (None, None))
-        if old is None and (mode == "!" or self.doubt(subject, value)):
-            return
-        asked = said = None
-        if mode == "?" and (key := self.later(slot, of, first)):
-            right = [s for (s, r), (v, _) in self.state.items() if (r, v) == (relation, value)]
-            if key[0] != slot or len(right) == 1:  # of several, the author may have chosen any
-                asked, said = first[key], self.last_said(*key)
-        self.check(f"{subject}: {relation} {value}", (old == value) == (mode == "?"), told, asked, said)
-
-    def later(self, slot, other, first):
-        """Of two slots, the one that is mentioned later, and so decided by the other: the key of its first mention.
-
-        The hero is left out: it is named in every other sentence."""
-        begins = [
-            min((key for key in first if key[0] == s), key=first.get, default=None) for s in {slot, other} - {"hero"}
-        ]
-        return max(filter(None, begins), key=first.get, default=None)
+        if old is not None or not (mode == "!" or self.doubt(subject, value)):
+            self.check(f"{subject}: {relation} {value}", (old == value) == (mode == "?"), told)
 
 
 # Scores ---------------------------------------------------------------------------------------------------------------
 
 
 def grammar(passages):
-    """0 to 10: the share of words that stand in sentences of the world."""
+    """0 to 10: the share of words in sentences of the world."""
     words = [len(passage.text.split()) for passage in passages]
     return 10 * sum(n for n, passage in zip(words, passages, strict=True) if passage.parsed) / max(1, sum(words))
 
@@ -412,107 +299,46 @@ def consistency(passages):
     return 10 * sum(agree) / max(1, len(agree))
 
 
-def far_recalls(passages, words=50):
-    """How many things are recalled that were last spoken of that many words before, and how many of them rightly."""
-    text = " ".join(passage.text for passage in passages)
-    far = [
-        s.agrees
-        for p in passages
-        for s in p.statements
-        if s.asked and s.said is not None and text.count(" ", s.said, s.asked[0]) >= words
-    ]
-    return len(far), sum(far)
+def copied(stories, train):
+    """For each story, an array of tokens: its longest run that also stands in train, as a share of the story.
 
+    A run is found by its hash, the sum of tokens[i + k] * BASE**k modulo 2**64, and its length by bisection."""
+    longest = max(len(train), *map(len, stories))
+    powers = np.cumprod(np.full(longest, 0x9E3779B97F4A7C15, dtype=np.uint64))
+    sums = [np.append(np.uint64(0), np.cumsum(tokens * powers[: len(tokens)])) for tokens in (train, *stories)]
 
-@dataclass
-class Question:
-    """A place in a story where what was told decides the words."""
+    def runs(number, length):
+        ends = sums[number][length:]
+        return (ends - sums[number][: len(ends)]) * powers[::-1][: len(ends)]  # equal wherever the same run stands
 
-    place: int  # of the first token that answers
-    distance: int  # tokens since the answer was last said
-    answer: list  # tokens
-    candidates: list  # of lists of tokens: all that could stand there, the answer among them
-
-
-def questions(stories, tokenizer):
-    """Where stories, lists of tokens, recall what they told -> a list of Questions for each."""
-    encoded = {}  # by id: options are made once for each telling, and stay
-    for tokens in stories:
-        text, begins = tokenizer.decode_with_offsets(tokens)
-        reader, found = Reader(text), []
-        passages = reader.passages if reader.text == text else ()  # else its places are not those of the tokens
-        for statement in (statement for passage in passages for statement in passage.statements):
-            if not statement.agrees or statement.asked is None or statement.said is None:
-                continue
-            start, end, options = statement.asked
-            space = " " * (text[start - 1 : start] == " ")  # a token begins with the space before it
-            place = bisect_left(begins, start - len(space))
-            if (id(options), space) not in encoded:
-                encoded[id(options), space] = {o: tokenizer.encode_ordinary(space + o) for o in options}
-            candidates = encoded[id(options), space]
-            answer = candidates[text[start:end]]
-            if tokens[place : place + len(answer)] == answer:
-                distance = place - bisect_left(begins, statement.said)
-                found.append(Question(place, distance, answer, list(candidates.values())))
-        yield found
-
-
-def hashes(tokens):
-    """A number for each 8 tokens in a row."""
-    factors = np.random.default_rng(0).integers(2**63, size=8, dtype=np.uint64) | np.uint64(1)
-    count = max(0, len(tokens) - 7)
-    return sum((tokens[i : count + i].astype(np.uint64) * factors[i] for i in range(8)), np.zeros(count, np.uint64))
-
-
-def fresh(stories, train, end):
-    """The share of each story's 8-grams that are neither in the nearest story of train nor repeat one of its own.
-
-    stories: arrays of tokens; train: a stream of stories with the token `end` between them. Punctuation counts too."""
-    grams = [np.unique(hashes(story)) for story in stories]
-    every = np.unique(np.concatenate(grams))
-    may_be = np.zeros(2**24, bool)  # most 8-grams of train are in no story: leave them out before searching
-    may_be[every >> np.uint64(40)] = True
-    found, where, begun = [], [], 0  # which of `every`, and in which story of train
-    for start in range(0, len(train), 2**22):
-        tokens = np.asarray(train[start : start + 2**22 + 7])  # 8-grams that begin in this piece
-        numbers = hashes(tokens)
-        hits = np.flatnonzero(may_be[numbers >> np.uint64(40)])
-        places = np.searchsorted(every, numbers[hits]).clip(max=len(every) - 1)
-        real = every[places] == numbers[hits]
-        ends = begun + np.cumsum(tokens == end)
-        found.append(places[real])
-        where.append(ends[hits[real]])
-        begun = ends[min(2**22, len(ends)) - 1]
-    found, where = np.unique(np.stack((np.concatenate(found), np.concatenate(where))), axis=1)
-    first = np.searchsorted(found, np.arange(len(every) + 1))
-    shares = []
-    for story, own in zip(stories, grams, strict=True):
-        own = np.searchsorted(every, own)
-        near = np.concatenate([where[first[i] : first[i + 1]] for i in own] or [where[:0]])
-        shares.append((len(own) - np.bincount(near, minlength=1).max()) / max(1, len(story) - 7))
-    return np.array(shares)
-
-
-def split_stories(tokens, end):
-    """A stream with the token `end` before, between and behind its stories -> the stories, arrays."""
-    return [story[1:] for story in np.split(np.asarray(tokens), np.flatnonzero(tokens == end))[1:-1]]
+    low, high = np.zeros(len(stories), dtype=int), np.minimum([len(story) for story in stories], len(train))
+    while (open_ := low < high).any():
+        middle = (low + high + 1) // 2
+        for length in np.unique(middle[open_]):
+            mine = {i: runs(i + 1, length) for i in np.flatnonzero(open_ & (middle == length))}
+            every, there = np.unique(np.concatenate([*mine.values()])), runs(0, length)
+            maybe = np.zeros(2**24, dtype=bool)  # most runs in train are in no story: leave them out before sorting
+            maybe[every >> np.uint64(40)] = True
+            there = np.intersect1d(there[maybe[there >> np.uint64(40)]], every)
+            for i, hashes in mine.items():
+                if np.isin(hashes, there).any():
+                    low[i] = length
+                else:
+                    high[i] = length - 1
+    return low / np.maximum(1, [len(story) for story in stories])
 
 
 def judge(texts, data):
-    """Score stories: {"grammar": array, "consistency": array, "creativity": array}, 0 to 10 each, and the readings.
+    """Score stories: {"grammar": array, "consistency": array, "copied": array}, and the readings.
 
     data: what load_data() gives for the stories that the author of the texts has read."""
-    meta, train, val = data
-    tokenizer = load_tokenizer(meta["tokenizer"])
-    end = tokenizer.eot_token
-    unseen = split_stories(val, end)[:200]
-    stories = [np.array(tokenizer.encode_ordinary(" ".join(text.split())), dtype=np.uint16) for text in texts]
-    shares = fresh(stories + unseen, train, end)
+    meta, train, _ = data
+    encode = load_tokenizer(meta["tokenizer"]).encode_ordinary
     readings = [Reader(text).passages for text in texts]
     return {
         "grammar": np.array([grammar(passages) for passages in readings]),
         "consistency": np.array([consistency(passages) for passages in readings]),
-        "creativity": 10 * (shares[: len(texts)] / shares[len(texts) :].mean()).clip(max=1),
+        "copied": copied([np.array(encode(" ".join(text.split())), dtype=np.uint16) for text in texts], train),
     }, readings
 
 
@@ -526,6 +352,57 @@ def mean_and_error(values, groups=None):
     return mean, float(np.sqrt(np.sum(sums**2) * count / (count - 1)) / len(values)) if count > 1 else None
 
 
+# Recall ---------------------------------------------------------------------------------------------------------------
+
+
+def recall(model, data, stories=None):
+    """How well a model recalls, in unseen stories, the words that the story so far decides.
+
+    Returns a dict of arrays, one number a word: story, distance (tokens since it was last said), p (the probability that
+    the model gives to the word among all of its kind), chance (that of a guess among all of the kind), copying (of one
+    among those that the story has used), asked (is a fact recalled, with two candidates or more in the story?); and
+    tokens, the number of tokens scored. Stories longer than the context are left out."""
+    import torch  # here, because reading stories needs no torch
+
+    meta, _, val = data
+    tokenizer, device = load_tokenizer(meta["tokenizer"]), next(model.parameters()).device
+    rows, tokens = [], 0
+    for number, story in enumerate(split_stories(val, meta["end"])[:stories]):
+        written, asked = questions(Author(meta["seed"], meta["stories"] - meta["val_stories"] + number), tokenizer)
+        if written != story.tolist():
+            raise InputError("the validation stories are of another version of the world; make data/stories again")
+        if len(story) >= model.config.block_size:
+            continue
+        tokens += len(story) + 1
+        idx = torch.tensor([[meta["end"], *written]], device=device)
+        with torch.no_grad():
+            logits = model(idx, idx)[0][0].double().cpu()
+        for question in asked:
+            p, left = 1.0, question.candidates
+            for i, token in enumerate(question.answer):
+                nexts = sorted({candidate[i] for candidate in left if len(candidate) > i})
+                p *= logits[question.place + i, nexts].softmax(0)[nexts.index(token)].item()
+                left = [candidate for candidate in left if candidate[i : i + 1] == [token]]
+            fair = question.asked and question.said > 1
+            rows.append((number, question.distance, p, 1 / len(question.candidates), 1 / question.said, fair))
+    columns = np.array(rows).reshape(-1, 6).T
+    found = dict(zip(("story", "distance", "p", "chance", "copying", "asked"), columns, strict=True))
+    return found | {"asked": found["asked"].astype(bool), "tokens": tokens}
+
+
+def summary(found):
+    """What recall() found, in a few numbers: recall with its standard error and baselines, over the words asked for; and
+    lost, the nats per token that the model loses at decided words, where a perfect model loses none."""
+    asked = found["asked"]
+    mean, error = mean_and_error(found["p"][asked], found["story"][asked])
+    chance, copying = (mean_and_error(found[name][asked])[0] for name in ("chance", "copying"))
+    lost = -np.log(np.maximum(found["p"], 1e-300)).sum() / max(1, found["tokens"])
+    return {"recall": mean, "recall_error": error, "chance": chance, "copying": copying, "lost": float(lost)}
+
+
+# The command ----------------------------------------------------------------------------------------------------------
+
+
 def explain(passages):
     """What is wrong with a story: each passage that does not parse or contradicts, and below it what it contradicts."""
     for passage in passages:
@@ -534,23 +411,33 @@ def explain(passages):
             yield ("contradiction: " if wrong else "no such sentence: ") + passage.text
         for statement in wrong:
             told = None if statement.told is None else passages[statement.told]
-            told = f"; it was told: {told.text}" if told and told is not passage else ""
-            yield f"    {statement.says}{told}"
+            yield f"    {statement.says}" + (f"; it was told: {told.text}" if told and told is not passage else "")
 
 
-def report(text, data, explained):
-    """The scores of stories between <|endoftext|> or blank lines, as lines of text."""
+def main():
+    parser = Parser(description="Score stories: grammar, consistency, and how much is copied.")
+    parser.add_argument("file", type=Path, help="stories with <|endoftext|> or blank lines between them")
+    parser.add_argument("--explain", action="store_true", help="say what is wrong with each story")
+    text = "what they must not be copied from (default: data/stories)"
+    parser.add_argument("--data", type=Path, default=DATA / "stories", help=text)
+    args = parser.parse_args()
+    try:
+        text = args.file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{args.file}: cannot be read as text: {error}") from error
     text = re.sub(r"(?m)^\([\d.]+ nats\)$", "", text)  # behind a story of stories.py tell
-    texts = text.split(END) if END in text else re.split(r"\n\s*\n", text)
-    texts = [text for text in texts if text.strip()]
+    texts = [text for text in (text.split(END) if END in text else re.split(r"\n\s*\n", text)) if text.strip()]
     if not texts:
-        raise ValueError("no stories to judge: the text is empty")
-    scores, readings = judge(texts, data)
-    for i, passages in enumerate(readings if explained else ()):
-        yield f"story {i + 1}: " + ", ".join(f"{name} {values[i]:.1f}" for name, values in scores.items())
-        yield from (f"    {line}" for line in explain(passages))
+        raise InputError(f"{args.file}: no stories to judge: the text is empty")
+    scores, readings = judge(texts, load_data(args.data))
+    styles = {"grammar": "{:.2f}", "consistency": "{:.2f}", "copied": "{:.1%}"}
+    for i, passages in enumerate(readings if args.explain else ()):
+        print(f"story {i + 1}: " + ", ".join(f"{name} {styles[name].format(v[i])}" for name, v in scores.items()))
+        print("".join(f"    {line}\n" for line in explain(passages)), end="")
     for name, values in scores.items():
-        mean, error = mean_and_error(values)
-        yield f"{name:<12}{mean:6.2f}" + (f" ± {error:.2f}" if error is not None else "")
-    far, right = np.sum([far_recalls(passages) for passages in readings], axis=0)
-    yield f"{right} of {far} things last spoken of 50 words before, or more, are recalled rightly"
+        numbers = [styles[name].format(number) for number in mean_and_error(values) if number is not None]
+        print(f"{name:<12}{' ± '.join(numbers)}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,33 +1,35 @@
 """A small world in which stories happen: simple English, a state that later sentences must agree with, known entropy.
 
-Story i of a seed is a pure function of (seed, i). It follows a plan (a hero, a friend, a place, a thing, a trouble, an
-ending, a moral), and every random choice of its author goes through Author.choose, which adds up -log p. No two
-sequences of choices give the same text, so the sum is the exact information content of the text, -log P(text), and its
-mean per token is the loss in nats that no model of these stories can beat.
+Story i of a seed is a pure function of (seed, i). It follows a plot, and every random choice of its author goes through
+Author.choose, which adds up -log p. Different choices give different texts, so the sum is the exact information content
+of the text, -log P(text). Its mean per token is the floor: the loss in nats that no model of these stories can beat.
 
-world.txt holds the words and sentences, for writing here and for reading back:
+world.txt holds the words and sentences, for writing here and for reading in judge.py:
     @name = word, word, ...     a list of words; verb:past object gives two forms ("feed:fed the ducks")
-    == event: FACT, FACT        an event, what it says of the state, and below it the ways to tell it, one a line
-    {slot} or {slot.field}      somebody or something of the story, cast where it first appears; {+slot} casts it anew
+    == event: FACT, FACT        an event, what it says about the state, and below it the ways to tell it, one a line
+    {slot} or {slot.field}      somebody or something in the story, cast at the first mention; {+slot} casts it anew
     [this|that]                 one of them
-A fact is `subject relation object`: it sets the state; `...?` recalls it, so it must be true; `...!` must be false.
+A fact is `subject relation object`. It sets the state; `...?` recalls it, so it must be true; `...!` must be false.
 """
 
 import base64
 import math
-import random
 import re
 import sys
-from collections import Counter
-from itertools import pairwise
+from bisect import bisect_left
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from random import Random
+from string import Formatter
 
-WORLD = re.sub(r"\n +", " ", (Path(__file__).parent / "world.txt").read_text(encoding="utf-8"))  # indented lines go on
+WORLD = re.sub(r"\n +", " ", (Path(__file__).parent / "world.txt").read_text(encoding="utf-8"))  # join indented lines
 FIRST_LETTERS = re.compile(r'(^|\n|[.!?] |\." |(?<!, )")([a-z])')  # of sentences, quoted ones too
 
 
 class Word(str):
-    """A word or phrase, with other forms of it as attributes (a, the, past, he, his, colour, ...)."""
+    """A word or phrase, with its other forms as attributes (a, past, at, he, his, colour, ...)."""
 
     def __new__(cls, text, **forms):
         word = super().__new__(cls, text)
@@ -47,6 +49,7 @@ def entry(item):
     return Word(item, a=article(item))
 
 
+@cache
 def parse(template):
     """A way to tell an event -> nested parts: str, (slot, field, anew), or [alternatives], each a list of parts."""
 
@@ -79,12 +82,22 @@ LISTS["place"] = [  # "spot in the park" makes "the park" a place, at which one 
 EVENTS = {}
 for name, facts, body in re.findall(r"^== (\w+):(.*)\n((?:[^=#\n].*\n)+)", WORLD, re.M):
     facts = [(*fact.rstrip("?!").split(), fact[-1]) for fact in facts.split(",") if fact.strip()]
-    EVENTS[name] = facts, [parse(line) for line in body.splitlines()]
+    EVENTS[name] = facts, body.splitlines()
 
-
-# How somebody or something is called, besides by the first of these words: by role and field, of words from the lists.
+LISTS["home"] = [
+    Word(f"{home} {where}", a=f"{article(home)} {where}", the=f"the {home} {where}")
+    for home in LISTS["home"]
+    for where in LISTS["where"]
+]
+PRONOUNS = {
+    "boy": dict(he="he", him="him", his="his", hers="his"),
+    "girl": dict(he="she", him="her", his="her", hers="hers"),
+}
+LISTS["name"] = LISTS["girl"] + LISTS["boy"]
+# What is called by more than one word: by role, then by field. A slot of any other role holds one word of a list.
 NAMES = {
-    "person": {"": "{name}", "full": "{name} the {kind}", "kind": "{kind}"},
+    "hero": {"": "{name}", "full": "{name} the {kind}", "kind": "{kind}"},
+    "child": {"": "{name}"},
     "thing": {
         "": "{noun}",
         "full": "{quality} {colour} {noun}",
@@ -92,19 +105,34 @@ NAMES = {
         "the": "the {colour} {noun}",
         "colour": "{colour}",
     },
-    "home": {"": "{home} {where}", "a": "{article} {home} {where}", "the": "the {home} {where}"},
 }
-PRONOUNS = {
-    "boy": dict(he="he", him="him", his="his", hers="his"),
-    "girl": dict(he="she", him="her", his="her", hers="hers"),
-}
+NAMES |= {"friend": NAMES["hero"], "fragile": NAMES["thing"]}
 
 
-def named(what, **words):
-    """A Word of one of NAMES, such as named("thing", quality=..., colour=..., noun=...)."""
-    words["article"] = article(next(iter(words.values()))).split()[0]
-    forms = {field: form.format(**words) for field, form in NAMES[what].items()}
-    return Word(forms.pop(""), **forms)
+def role_of(slot):
+    """What fills a slot: food2 is another food."""
+    return slot.rstrip("23")
+
+
+@cache
+def spell(role, field):
+    """How a slot is written -> [(text, piece, kind of word, its form)]: a text, and a word that follows it, if any.
+
+    The piece says what of the slot the word tells: "" is who or what it is."""
+    if field in PRONOUNS["boy"]:
+        return [("", field, "", "")]
+    if role not in NAMES:
+        return [("", "", role, field)]
+    kinds = {"name": ("", "name"), "noun": ("", role), "article": ("article", "")}
+    return [(text, *kinds.get(piece, (piece, piece)), "") for text, piece, *_ in Formatter().parse(NAMES[role][field])]
+
+
+@cache
+def words_of(kind):
+    """All words of a kind, such as "name", "colour" or "spot" (at every place)."""
+    if kind == "kind":
+        return LISTS["kind"] + [Word(child) for child in PRONOUNS]
+    return LISTS.get(kind) or [word for place in LISTS["place"] for word in LISTS[f"{kind} {place.at}"]]
 
 
 # A plot is a trouble and its end, step by step: an event, a method of Author, or one of PARTS. `step?` may be left out,
@@ -112,38 +140,82 @@ def named(what, **words):
 PLOTS = {
     "lost": "own set_out put pastime miss weep? search? ask_spot|ask_helper find hug?",
     "promise": "want promised do_chore tempt resist|yield reward",
-    "party": "invite guests pastime quizzes",
+    "party": "invite tell_pairs pastime ask_pairs",
     "swap": "own set_out swaps",
-    "rescue": "set_out stuck try? borrow free name pastime give_back keep_pet?",
+    "rescue": "set_out stuck tell_pairs borrow free ask_pairs give_back",
     "broken": "set_out lend break conceal pastime ask_thing lie? confess repair ask_glue?",
-    "hide": "set_out count hide_and_seek",
-    "errand": "errand way beggar share_either fun|scene? arrive ask_food praise",
-    "treasure": "set_out map pastime? get_key guard? chest divide pastime? ask_divide|ask_key",
-    "noise": "set_out hear guess dare? reveal feed_baby? name pastime ask_noise keep_pet?",
-    "house": "set_out build paint_and_repaint move_in",
+    "hide": "set_out count tell_pairs ready ask_pairs",
+    "errand": "errand way beggar share_either scene? arrive ask_food praise",
+    "treasure": "set_out map get_key guard? chest divide pastime? ask_divide|ask_key",
+    "noise": "set_out hear tell_pairs dare? reveal name pastime ask_pairs keep_pet?",
+    "house": "set_out build tell_pairs rain ask_pairs move_in",
+    "play": "set_out stage tell_pairs curtain pastime ask_pairs",
+    "band": "set_out tune tell_pairs applause pastime ask_pairs",
+    "kites": "set_out fly tell_pairs pastime gust ask_pairs",
+    "picnic": "set_out spread tell_pairs fun|scene ask_pairs",
+    "tools": "set_out tidy tell_pairs pastime ask_pairs",
+    "shelter": "set_out foundlings tell_pairs pastime ask_pairs",
 }
 PARTS = {
     "resist": "refuse help_chore",
-    "yield": "follow play pastime remember do_chore2",
+    "yield": "follow replay pastime remember do_chore2",
     "pastime": "fun|snack|scene",
+}
+PAIRS = {  # plot: how many pairs it tells, one by one; the event; what is paired; the event that asks in another order
+    "party": ((4, 5), "guest", "child thing", "quiz|quiz_colour"),
+    "hide": ((4, 5), "hider", "child spot", "seek"),
+    "rescue": ((3, 4), "try", "child tool", "return_tool"),
+    "noise": ((4,), "guess", "child monster", "ask_guess"),
+    "house": ((4, 5), "paint", "child part colour", "repaint"),
+    "play": ((4, 5, 6), "costume", "child costume", "ask_costume"),
+    "band": ((4, 5, 6), "instrument", "child instrument", "ask_instrument"),
+    "kites": ((4, 5, 6), "kite", "child colour", "give_kite"),
+    "picnic": ((4, 5, 6), "bring", "child food", "ask_dish"),
+    "tools": ((4, 5), "put_tool", "child tool spot", "fetch_tool"),
+    "shelter": ((4, 5, 6), "name_baby", "child baby pet", "feed_pet"),
 }
 
 
+@dataclass
+class Decided:
+    """A word that the story so far decides, as somebody or something is mentioned again."""
+
+    start: int  # where it begins in the text
+    end: int
+    kind: str  # words_of(kind) in this form could stand here
+    form: str
+    said: int  # how many words of the kind the story has used, this one included
+    since: int  # where it was last said: the end of that mention
+    asked: bool  # does this telling recall a fact about it?
+
+
 class Author:
-    """Writes one story: text, nats (its information content), and events, [(name, {slot: word})], in their order."""
+    """Writes one story.
+
+    text; spent, its information content in nats, by what the choices were about; decided, the words that need memory;
+    events, [(name, {slot: word})], in their order."""
 
     def __init__(self, seed, index):
-        self.random = random.Random(f"{seed} {index}").random
-        self.nats = 0.0
-        self.told, self.events = [], []
+        self.random = Random(f"{seed} {index}").random
+        self.spent = Counter()
+        self.draft, self.events, self.decided = "", [], []
         self.cast, self.used = {}, set()  # who and what is in the story, by slot; all words cast so far
         self.state = {}  # {(subject, relation): object}
-        self.write()
-        self.text = FIRST_LETTERS.sub(lambda m: m[1] + m[2].upper(), "\n".join(self.told)).replace("\n", " ")
+        self.introduced = set()  # (who or what, kind of word) that the story has told
+        self.said = defaultdict(dict)  # {kind: {word: where it was last said}}
+        self.alternatives = []  # casts that the sentences told so far leave open
+        self.write_story()
+        self.text = FIRST_LETTERS.sub(lambda m: m[1] + m[2].upper(), self.draft).replace("\n", " ")
 
-    def choose(self, options):
-        """The only source of chance: one of options (all different), each as likely."""
-        self.nats += math.log(len(options))
+    @property
+    def nats(self):
+        return math.fsum(self.spent.values())
+
+    # Choices
+
+    def choose(self, options, about="plot"):
+        """The only source of chance: one of options (all different), each equally likely."""
+        self.spent[about] += math.log(len(options))
         return options[int(self.random() * len(options))]
 
     def coin(self):
@@ -151,48 +223,81 @@ class Author:
 
     def pick(self, options):
         """One of options that is not in the story yet."""
-        word = self.choose([option for option in options if option not in self.used])
+        word = self.choose([option for option in options if option not in self.used], "cast")
         self.used.add(word)
         return word
 
+    def choose_cast(self, casts):
+        """One of several casts for the same event. The first word that tells them apart is a choice, not a memory."""
+        cast = self.choose(casts)
+        self.alternatives = [other for other in casts if other.get("event") == cast.get("event")]
+        return cast
+
     def appear(self, slot):
-        """Cast somebody or something new for a slot: food2 is another food."""
-        role = slot.rstrip("23")
-        if role in ("hero", "friend"):
-            child = self.choose(("boy", "girl"))
-            name, kind = self.pick(LISTS[child]), self.pick(LISTS["kind"]) if self.coin() else child
-            word = named("person", name=name, kind=kind) if kind != child else Word(name, full=name, kind=kind)
-            word.__dict__.update(PRONOUNS[child])
+        """Cast somebody or something new for a slot."""
+        role = role_of(slot)
+        if role in ("hero", "friend", "child"):
+            child = self.choose(("boy", "girl"), "cast")
+            name, kind = self.pick(LISTS[child]), child
+            if role != "child" and self.choose((True, False), "cast"):
+                kind = self.pick(LISTS["kind"])
+            word = Word(name, kind=kind, **PRONOUNS[child])
         elif role in ("thing", "fragile"):
-            quality, colour, noun = self.choose(LISTS["quality"]), self.pick(LISTS["colour"]), self.pick(LISTS[role])
-            word = named("thing", quality=quality, colour=colour, noun=noun)
-        elif role == "home":
-            word = named("home", home=self.choose(LISTS["home"]), where=self.choose(LISTS["where"]))
+            quality, colour = self.choose(LISTS["quality"], "cast"), self.pick(LISTS["colour"])
+            word = Word(self.pick(LISTS[role]), quality=quality, colour=colour, article=article(quality).split()[0])
         else:  # every place has spots, helpers, and fun of its own
             word = self.pick(LISTS[role if role in LISTS else f"{role} {self.cast['place'].at}"])
         self.cast[slot] = word
 
-    def render(self, parts, drawn):
-        for part in parts:
-            if type(part) is str:
-                yield part
-            elif type(part) is list:
-                yield from self.render(self.choose(part), drawn)
-            else:
-                slot, field, anew = part
-                if anew or slot not in self.cast:
-                    self.appear(slot)
-                word = drawn[slot] = self.cast[slot]
-                yield getattr(word, field) if field else word
+    # Sentences
 
     def say(self, event, **cast):
         """Tell an event in one of its ways, with this cast. What it recalls must be true; the rest becomes so."""
         self.cast.update(cast)
         facts, tellings = EVENTS[event]
-        drawn = {}
-        self.told.append("".join(self.render(self.choose(tellings), drawn)))
-        self.events.append((event, drawn))
+        slots = {slot for s, _, o, mode in facts if mode == "?" for slot in (s, o.partition(".")[0])}
+        self.asked = slots - {"hero"}  # who is named in every other sentence
+        self.draft += "\n" * bool(self.draft)
+        self.events.append((event, {}))
+        self.render(parse(self.choose(tellings, "telling")))
+        self.alternatives = []
         self.recall_or_set(facts)
+
+    def render(self, parts):
+        for part in parts:
+            if type(part) is str:
+                self.draft += part
+            elif type(part) is list:
+                self.render(self.choose(part, "wording"))
+            else:
+                slot, field, anew = part
+                if anew or slot not in self.cast:
+                    self.appear(slot)
+                self.events[-1][1][slot] = self.cast[slot]
+                self.mention(slot, field)
+
+    def mention(self, slot, field):
+        word = self.cast[slot]
+        if field == "full" and getattr(word, "kind", "") in PRONOUNS:  # "Tom", not "Tom the boy"
+            field = ""
+        for text, piece, kind, form in spell(role_of(slot), field):
+            self.draft += text
+            if kind:
+                self.write(slot, kind, form, getattr(word, piece) if piece else word)
+            elif piece:  # an article or a pronoun
+                self.draft += getattr(word, piece)
+
+    def write(self, slot, kind, form, word):
+        """Write a word, and record it if the story so far decides it."""
+        start, subject, said = len(self.draft), self.cast[slot], self.said[kind]
+        self.draft += getattr(word, form) if form else word
+        settled = len({cast.get(slot) for cast in self.alternatives}) <= 1
+        if settled and (subject, kind) in self.introduced:
+            asked = slot in self.asked
+            self.decided.append(Decided(start, len(self.draft), kind, form, len(said), said[word], asked))
+        self.introduced.add((subject, kind))
+        said[word] = len(self.draft)
+        self.alternatives = [cast for cast in self.alternatives if cast.get(slot, subject) == subject]
 
     def recall_or_set(self, facts):
         for subject, relation, value, mode in facts:
@@ -206,29 +311,27 @@ class Author:
             else:
                 self.state[subject, relation] = value
 
-    def write(self):
+    # Plots
+
+    def write_story(self):
         self.say("open")
         self.play("trait|hobby?")
-        plot = self.choose(tuple(PLOTS))
-        self.play(PLOTS[plot])
+        self.plot = self.choose(tuple(PLOTS))
+        self.play(PLOTS[self.plot])
         recollections = self.recollections()
-        if plot != "promise":  # which is kept at home
+        if self.plot != "promise":  # which is kept at home
             recollections.insert(0, {"event": "go_home"})
-        if recollections and self.coin():
-            self.say(**self.choose(recollections))
-        self.say(f"moral_{plot}")
+        if recollections:
+            self.say(**self.choose_cast(recollections))
+        self.say(f"moral_{self.plot}")
         if self.coin():
             self.say("the_end")
 
     def recollections(self):
-        """Events that end the day by remembering something of the story, each with a cast of what it remembers."""
+        """Events that end the day by remembering something in the story, each with a cast of what it remembers."""
         events = [{"event": f"end_{slot}"} for slot in ("trait", "hobby") if slot in self.cast]
         for (subject, relation), value in self.state.items():
-            if relation == "done":
-                events.append({"event": "ask_day", "fun": subject, "friend": value})
-            elif relation == "snack":
-                events.append({"event": "supper", "food3": subject, "friend": value})
-            elif relation == "at" and value == self.cast["hero"] and hasattr(subject, "colour"):
+            if relation == "at" and value == self.cast["hero"] and hasattr(subject, "colour"):
                 events.append({"event": "bed", "thing": subject})
         return events
 
@@ -245,28 +348,23 @@ class Author:
             else:
                 getattr(self, step)()
 
-    # Steps that repeat an event with a changing cast.
-
-    def others(self, event, times, *slots):
-        """Tell an event several times, with new ones in these slots -> the cast of before, and the new ones."""
-        casts = [{slot: self.cast[slot] for slot in slots}]
-        for _ in range(times):
-            for slot in slots:
-                del self.cast[slot]
+    def tell_pairs(self):
+        """Who brought what, what lies where, ...: tell an event several times, with new ones in both slots."""
+        counts, event, slots, _ = PAIRS[self.plot]
+        self.pairs = []
+        for _ in range(self.choose(counts)):
+            for slot in slots.split():
+                self.cast.pop(slot, None)
             self.say(event)
-            casts.append({slot: self.cast[slot] for slot in slots})
-        return casts
+            self.pairs.append({slot: self.cast[slot] for slot in slots.split()})
 
-    def take_one(self, casts):
-        """Remove one of the casts, and return it."""
-        return casts.pop(casts.index(self.choose(casts)))
-
-    def guests(self):
-        self.gifts = self.others("guest", self.choose((2, 3)), "friend", "thing")
-
-    def quizzes(self):
-        for event in (self.choose(("quiz", "quiz_colour")), self.choose(("quiz", "quiz_colour")), "thank"):
-            self.say(event, **self.take_one(self.gifts))
+    def ask_pairs(self):
+        """Recall all pairs, in another order."""
+        while self.pairs:
+            event = self.choose(PAIRS[self.plot][3].split("|"))
+            pair = self.choose_cast(self.pairs)
+            self.say(event, **pair)
+            self.pairs.remove(pair)
 
     def swaps(self):
         self.say("swap")
@@ -282,97 +380,105 @@ class Author:
         if self.coin():
             self.say("count_swaps", friend2=friend2, thing3=thing2)
 
-    def hide_and_seek(self):
-        self.say("hider")
-        hidden = self.others("hider", 2, "friend", "spot")
-        self.play("ready not_seek?")
-        found = []
-        for _ in range(2):
-            found.append(self.take_one(hidden))
-            self.say("seek", **found[-1])
-        self.say("last_hider", **hidden[0])
-        if self.coin():
-            self.say("recount", **found[0], friend2=found[1]["friend"], spot2=found[1]["spot"])
-
     def share_either(self):
         food, food2 = self.cast["food"], self.cast["food2"]
-        if self.coin():
-            food, food2 = food2, food
-        self.say("share", food=food, food2=food2)
-
-    def paint_and_repaint(self):
-        self.say("paint")
-        painted = self.others("paint", self.choose((1, 2)), "part", "colour")
-        self.play("pastime? rain")
-        while painted:
-            self.say("repaint", **self.take_one(painted))
+        self.say("share", **self.choose_cast([dict(food=food, food2=food2), dict(food=food2, food2=food)]))
 
 
-def learn_bpe(counts, size):
-    """Byte-pair encoding: merge the most frequent pair of neighbours until there are `size` tokens, or no pair is left.
+# What recall is worth, in tokens --------------------------------------------------------------------------------------
 
-    counts: {piece of text: how often it occurs}. Returns {token bytes: rank}, as tiktoken wants it."""
-    words = [([bytes([byte]) for byte in piece.encode()], count) for piece, count in counts.items()]
-    ranks = {bytes([byte]): byte for byte in range(256)}
-    while len(ranks) < size:
-        pairs = Counter()
-        for word, count in words:
-            for pair in pairwise(word):
-                pairs[pair] += count
-        if not pairs:
-            break
-        a, b = max(pairs, key=lambda pair: (pairs[pair], pair))
-        ranks[a + b] = len(ranks)
-        for word, _ in words:
-            for i in range(len(word) - 2, -1, -1):
-                if word[i : i + 2] == [a, b]:
-                    word[i : i + 2] = [a + b]
-    return ranks
+
+@dataclass
+class Question:
+    """A word of a story that what was told decides, in tokens."""
+
+    place: int  # of the first token that answers
+    distance: int  # tokens since the answer was last said
+    answer: list  # tokens
+    candidates: list  # of lists of tokens: all words of the kind, the answer among them
+    said: int  # how many of them the story has used so far
+    asked: bool  # is a fact recalled, or is somebody or something just mentioned again?
+
+
+@cache
+def encoded(tokenizer, kind, form, space, capital):
+    """{word as it is written: its tokens} for all words of a kind."""
+    words = [str(getattr(word, form) if form else word) for word in words_of(kind)]
+    words = [word[0].upper() + word[1:] for word in words] if capital else words
+    return {word: tokenizer.encode_ordinary(" " * space + word) for word in words}
+
+
+def questions(story, tokenizer):
+    """The decided words of an Author's story -> its tokens, and a list of Questions."""
+    text, tokens = story.text, tokenizer.encode_ordinary(story.text)
+    begins, found = tokenizer.decode_with_offsets(tokens)[1], []
+    for word in story.decided:
+        space = text[word.start - 1] == " "  # a token begins with the space before it
+        place = bisect_left(begins, word.start - space)
+        candidates = encoded(tokenizer, word.kind, word.form, space, text[word.start].isupper())
+        answer = candidates[text[word.start : word.end]]
+        distance = place - bisect_left(begins, word.since)
+        found.append(Question(place, distance, answer, [*candidates.values()], word.said, word.asked))
+    return tokens, found
+
+
+def worth(count, tokenizer, seed=0):
+    """What the floor of `count` stories is made of, and what recall is worth, as lines of text: nats per token."""
+    spent, worths, lengths, far = Counter(), Counter(), [], 128
+    for index in range(count):
+        story = Author(seed, index)
+        tokens, asked = questions(story, tokenizer)
+        lengths.append(len(tokens) + 1)  # with <|endoftext|>
+        spent.update(story.spent)
+        for question in asked:
+            worths["nothing"] += math.log(len(question.candidates))
+            worths["copy"] += math.log(question.said)
+            worths["far"] += math.log(len(question.candidates)) * (question.distance >= far)
+            worths["questions"] += question.asked and question.said > 1
+    total = sum(lengths)
+    floor = sum(spent.values()) / total
+    yield f"{count:,} stories of {total / count:.1f} tokens on average, {max(lengths)} at most"
+    yield f"{floor:.4f} nats per token is the floor: " + ", ".join(f"{k} {v / total:.4f}" for k, v in spent.items())
+    yield f"{floor + worths['nothing'] / total:.4f} for a model that knows the world and recalls nothing"
+    yield f"{floor + worths['copy'] / total:.4f} for one that copies any word of the kind that the story has used"
+    yield f"{worths['copy'] / total:.4f} is what keeping such words apart is worth"
+    yield f"{worths['far'] / total:.4f} is what recalling words is worth that were last said {far} tokens before, or more"
+    yield f"{worths['questions'] / count:.1f} questions a story have two candidates or more"
 
 
 def main():
-    from data.prepare import DATA, PATTERN, VOCABULARY, Parser, load_data, wrap
+    from data.common import PATTERN, VOCABULARY, InputError, Parser, load_tokenizer, wrap
 
     example = "example: python data/stories.py tell 5 --seed=3"
-    parser = Parser(description="Tell stories of the story world, judge them, or make its vocabulary.", epilog=example)
+    parser = Parser(description="Tell stories of the story world, measure it, or make its vocabulary.", epilog=example)
     commands = parser.add_subparsers(dest="command", required=True)
     tell = commands.add_parser("tell", help="print stories, and the information content of each")
     tell.add_argument("count", nargs="?", type=int, default=1, help="how many (default: 1)")
     tell.add_argument("--seed", type=int, default=0, help="seed of the corpus (default: 0)")
-    vocabulary = commands.add_parser("vocabulary", help=f"learn the tokens of {VOCABULARY.name} from 20,000 stories")
-    vocabulary.add_argument("--size", type=int, default=3071, help="tokens, without <|endoftext|> (default: 3071)")
-    judge = commands.add_parser("judge", help="score stories for grammar, consistency and creativity, 0 to 10 each")
-    judge.add_argument("file", type=Path, help="stories with <|endoftext|> or blank lines between them")
-    judge.add_argument("--explain", action="store_true", help="what is wrong with each story")
-    judge.add_argument(
-        "--data", type=Path, default=DATA / "stories", help="what they must not be copied from (%(default)s)"
-    )
+    floor = commands.add_parser("floor", help="what the floor is made of, and what recall is worth")
+    floor.add_argument("count", nargs="?", type=int, default=1000, help="stories to measure (default: 1000)")
+    commands.add_parser("vocabulary", help=f"write {VOCABULARY.name}: the bytes, and the words of 20,000 stories")
     args = parser.parse_args()
     if args.command == "tell":
         for index in range(args.count):
             story = Author(args.seed, index)
             print(f"{wrap(story.text)}\n({story.nats:.1f} nats)\n")
-    elif args.command == "judge":
-        from data.judge import report
-
-        try:
-            text = args.file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"{args.file}: cannot be read as text: {error}") from error
-        for line in report(text, load_data(args.data), args.explain):
-            print(line)
+    elif args.command == "floor":
+        if args.count < 1:
+            raise InputError(f"{args.count} stories: must be at least 1")
+        print(*worth(args.count, load_tokenizer("stories")), sep="\n")
     else:
-        if not 256 <= args.size < 65535:
-            raise ValueError(f"--size={args.size}: must be from 256, the bytes, to 65534")
-        text = "\n".join(Author("vocabulary", index).text for index in range(20_000))
-        ranks = learn_bpe(Counter(re.findall(PATTERN, text)), args.size)
-        lines = (f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items())
+        stories = (Author("vocabulary", index).text for index in range(20_000))
+        words = Counter(piece.encode() for text in stories for piece in re.findall(PATTERN, text))
+        tokens = [bytes([byte]) for byte in range(256)]  # so that any text has tokens
+        tokens += sorted(words.keys() - set(tokens), key=lambda word: (-words[word], word))
+        lines = (f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens))
         VOCABULARY.write_text("".join(lines), encoding="ascii")
-        print(f"{len(ranks)} tokens in {VOCABULARY}")
+        print(f"{len(tokens)} tokens in {VOCABULARY}")
 
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent.parent))  # where the package `data` is found
-    from data.prepare import run
+    from data.common import run
 
     run(main)

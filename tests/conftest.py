@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from data.prepare import run
+from data.common import run
 
 
 @pytest.fixture

@@ -22,7 +22,8 @@ import torch
 import torch._dynamo  # AdamW would import it in every child
 
 import train
-from data.prepare import Parser, prepare, run
+from data.common import Parser, run
+from data.prepare import prepare
 from model import load_checkpoint
 
 FLAGS = "--n_layer=1 --n_head=2 --n_embd=32 --block_size=64 --batch_size=4 --steps=100 --eval_interval=5 --eval_steps=1"

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 import model
 import train
 from data import prepare as prep
-from data.prepare import load_tokenizer, prepare
+from data.common import load_tokenizer
+from data.prepare import prepare
 from model import ATTN, load_checkpoint, tell
 
 END = 9

@@ -24,9 +24,11 @@ import bench
 import model
 import spectrum
 import train
+from data import common, judge
 from data import prepare as prep
 from data import stories as world
-from data.prepare import load_data, prepare
+from data.common import load_data
+from data.prepare import prepare
 from model import load_checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -144,7 +146,7 @@ def test_if_one_process_dies_all_end(data, tmp_path):
 
 LEADER_FAILS = """
 import os, resource, sys
-from data.prepare import run
+from data.common import run
 import train
 if os.environ["RANK"] == "0":
     if os.environ["TROUBLE"] == "disk":
@@ -225,7 +227,7 @@ def call(main, arguments):
     handler, err = signal.getsignal(signal.SIGTERM), io.StringIO()
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(err):
-            status = prep.run(main)
+            status = common.run(main)
     except SystemExit as stop:
         status = stop.code
     finally:
@@ -322,12 +324,12 @@ def test_a_hostile_meta_is_refused_or_harmless(data, tmp_path_factory, key, valu
 def test_a_damaged_vocabulary_is_one_line(content, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "a.tiktoken"
     path.write_bytes(content)
-    previous, prep.VOCABULARY = prep.VOCABULARY, path
+    previous, common.VOCABULARY = common.VOCABULARY, path
     try:
         with pytest.raises(ValueError, match="damaged"):
-            prep.load_tokenizer("stories")
+            common.load_tokenizer("stories")
     finally:
-        prep.VOCABULARY = previous
+        common.VOCABULARY = previous
 
 
 # Command lines
@@ -346,7 +348,6 @@ WORDS = [
     "0.5",
     "x",
     "None",
-    "\x00",
     "½",
     "9" * 30,
     "--",
@@ -362,7 +363,8 @@ FLAGS = {
     spectrum.main: "null circuit out nothing",
     bench.main: "attn size batch context dtype device rounds judge columns out table nothing",
     prep.main: "stories tokenizer seed nothing",
-    world.main: "seed size explain data nothing",
+    world.main: "seed nothing",
+    judge.main: "explain data nothing",
 }
 
 
@@ -382,8 +384,9 @@ def test_no_command_line_ends_in_a_traceback(main, data, out, tmp_path_factory, 
         bench.main: ["--attn=mla", "--context=4", "--batch=1", "--rounds=1", "--dtype=float32"],
         prep.main: ["stories", "--stories=2"],
         world.main: [],
+        judge.main: [__file__],
     }[main]
-    words = [*WORDS, out / "ckpt.pt", out, __file__, *(["tell", "judge"] if main is world.main else [])]
+    words = [*WORDS, out / "ckpt.pt", out, __file__, *(["tell", "floor"] if main is world.main else [])]
     flag = st.sampled_from(FLAGS[main].split()).map("--{}".format)
     word = st.sampled_from(words)
     pair = st.tuples(flag, word).map(lambda pair: f"{pair[0]}={pair[1]}")

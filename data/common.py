@@ -1,0 +1,150 @@
+"""What every script shares: errors that end in one line, the command line, the tokenizer, the token files."""
+
+import argparse
+import base64
+import json
+import os
+import signal
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+
+DATA = Path(__file__).parent
+VOCABULARY = DATA / "stories.tiktoken"  # made by: python data/stories.py vocabulary
+PATTERN = r" ?[^\W\d_]+| ?\d+| ?(?:[^\w\s]|_)+|\s+"  # words, numbers, punctuation, each with the space before it
+END = "<|endoftext|>"
+MAX_VOCAB = 2**16  # tokens are stored as uint16
+
+
+class InputError(ValueError):
+    """The user gave something wrong. The message says what, and what to do about it."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises InputError for a wrong command line, and does not complete flags that are only typed in part."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
+
+    def parse_known_args(self, args=None, namespace=None):
+        for word in sys.argv[1:] if args is None else args:
+            if word.startswith("--") and word.endswith("=--"):  # argparse would drop this value and skip its type
+                self.error(f"{word}: no value")
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message):
+        raise InputError(f"{message} (see --help)")
+
+
+def out_of_memory(error):
+    """Is this one of the ways in which Python and PyTorch say that memory ran out?"""
+    torch = sys.modules.get("torch")
+    on_gpu = torch is not None and isinstance(error, torch.OutOfMemoryError)
+    return isinstance(error, MemoryError) or on_gpu or "DefaultCPUAllocator: " in str(error)
+
+
+def run(main):
+    """Run a script's main(). The user's errors end in one line and exit status 2, the machine's in one line and 1.
+
+    Everything else is a bug, and shows as a traceback."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that temporary files are removed
+    try:
+        return main()
+    except InputError as error:
+        status, message = 2, str(error)
+    except BrokenPipeError:  # as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return
+    except (OSError, FloatingPointError) as error:
+        status, message = 1, str(error)
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        status, message = 1, f"not enough memory; choose a smaller size, batch or context ({str(error)[:150]})"
+    except KeyboardInterrupt:
+        status, message = 130, "interrupted"
+    print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(status)
+
+
+def wrap(text):
+    """Text in lines of 80 columns, broken between words."""
+    return "\n".join(textwrap.fill(line, 80, break_on_hyphens=False) for line in text.split("\n"))
+
+
+def check_device(device):
+    """Raise InputError if this machine has no such device."""
+    import torch  # here, because making data needs no torch
+
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device={device}: not available: {str(error).splitlines()[0]}") from error
+
+
+def fast_bfloat16(device):
+    """Does this device multiply matrices faster in bfloat16 than in float32?"""
+    import torch
+
+    if device.startswith("cuda"):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # missing in older versions of PyTorch
+    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+
+
+def load_tokenizer(name):
+    """A tiktoken.Encoding: "stories", which ships with this file, or one of tiktoken's own, such as "gpt2".
+
+    tiktoken downloads its own once. Raises InputError for an unknown name or more than 65,536 tokens."""
+    import tiktoken  # here, because `import model` needs no tokenizer
+
+    if name == "stories":
+        try:
+            lines = VOCABULARY.read_text(encoding="ascii").splitlines()
+            ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in map(str.split, lines)}
+            if sorted(ranks.values()) != list(range(len(lines))) or any(bytes([i]) not in ranks for i in range(256)):
+                raise ValueError("ranks or bytes are missing")
+        except (OSError, ValueError) as error:
+            remake = "make it again with: python data/stories.py vocabulary"
+            raise InputError(f"{VOCABULARY}: damaged ({error}); {remake}") from error
+        return tiktoken.Encoding(name, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={END: len(ranks)})
+    if name not in (names := tiktoken.list_encoding_names()):
+        raise InputError(f"tokenizer {name!r}: must be one of stories, {', '.join(names)}")
+    try:
+        encoding = tiktoken.get_encoding(name)
+    except OSError as error:
+        raise OSError(f"the {name} tokenizer could not be downloaded; go online, or use --tokenizer=stories") from error
+    if encoding.n_vocab > MAX_VOCAB:
+        raise InputError(f"tokenizer {name!r}: has {encoding.n_vocab:,} tokens; at most {MAX_VOCAB:,} fit in uint16")
+    return encoding
+
+
+def load_data(folder):
+    """Read a folder that data/prepare.py wrote -> meta (a dict), and train and val (uint16, memory-mapped).
+
+    Raises InputError if something is missing, cut short or does not belong together."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such data folder; make one with data/prepare.py")
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        splits = [np.memmap(folder / f"{split}.bin", dtype=np.uint16, mode="r") for split in ("train", "val")]
+        for name, tokens in zip(("train", "val"), splits, strict=True):
+            if len(tokens) != meta[f"{name}_tokens"] + 1 or tokens.max() >= meta["vocab_size"]:
+                raise ValueError(f"{name}.bin and meta.json do not fit together")
+            if np.count_nonzero(tokens == meta["end"]) != meta[f"{name}_stories"] + 1:
+                raise ValueError(f"{name}.bin does not hold the stories that meta.json counts")
+        nats = meta["val_nats"]
+        if nats is not None and (len(nats) != meta["val_stories"] or not meta["floor"] > 0):
+            raise ValueError("meta.json: val_nats or floor is wrong")
+        meta["source"], meta["tokenizer"], meta["val_bytes"] = meta["source"], meta["tokenizer"], meta["val_bytes"] + 0
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder}: damaged or of an older version ({error}); make it with data/prepare.py") from error
+    return meta, *splits
+
+
+def split_stories(tokens, end):
+    """A stream with the token `end` before, between and after its stories -> the stories, arrays without `end`."""
+    return [story[1:] for story in np.split(np.asarray(tokens), np.flatnonzero(tokens == end))[1:-1]]
