@@ -1,22 +1,23 @@
 """Read stories of the world back and score them as a strict reader would: python data/judge.py FILE --explain
 
-A story is matched against the tellings of world.txt, which also wrote it. What it mentions is compared with what it said
-before. Three scores, as in Mehta et al. 2025, who asked GPT-4 for them:
+A story is matched against the tellings of world.txt, which also wrote it, and what it mentions is compared with what it
+said before. Three scores, in place of those that Mehta et al. 2025 asked GPT-4 for:
 
     grammar       0 to 10: the share of words in sentences of the world, capitals and punctuation included
-    consistency   0 to 10: the share of checkable statements that agree with what was told: somebody or something that is
-                  mentioned again, a pronoun, a colour, a fact that is recalled. A story without statements has 0
-    copied        the longest run of words that also stands in the training stories, as a share of the story: 100% is a
-                  copy. (In place of creativity. It counts tokens, which are whole words)
+    consistency   0 to 10: the share of checkable statements that agree with what was told: somebody or something
+                  mentioned again, a pronoun, a colour, a fact recalled. A story without statements has 0
+    copied        the longest run of words from one training story, as a share of the story: a copy has 100%. This is
+                  what can be said honestly about creativity
 
 Repeating oneself, or going on after the end, contradicts nothing.
 """
 
 import re
 import sys
-from collections import defaultdict
+from collections import defaultdict, namedtuple
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -24,46 +25,24 @@ import numpy as np
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent.parent))  # where the package `data` is found
 
+from data import stories as world
 from data.common import DATA, END, InputError, Parser, load_data, load_tokenizer, run, split_stories
-from data.stories import (
-    EVENTS,
-    FIRST_LETTERS,
-    LISTS,
-    PAIRS,
-    PRONOUNS,
-    Author,
-    parse,
-    questions,
-    role_of,
-    spell,
-    words_of,
-)
+from data.stories import LISTS, PRONOUNS, role_of, words_of
 
 PEOPLE = ("hero", "friend", "child")
-CHANGING = {slot for _, _, slots, _ in PAIRS.values() for slot in slots.split()} | {"friend", "thing", "fun", "food"}
-# The fields that introduce somebody or something. Other roles are introduced by any.
+CHANGING = {"friend", "thing", *map(role_of, re.findall(r"\{\+(\w+)", world.WORLD))}  # the others stay the same
+# The forms that introduce somebody or something. Other roles are introduced by any.
 INTRODUCE = dict(hero=(), friend=("full",), thing=("a", "full"), fragile=("a", "full"))
 SENTENCE_END = re.compile(r'(?<=[.!?]) (?=["A-Z])|(?<=[.!?]") (?=["A-Z])')
 TEMPLATE_END = re.compile(r'(?<=[.!?]) (?=["A-Z{[])|(?<=\.") |(?<=[!?]") (?=["A-Z]|\{(?:hero|friend|child)\})')
+BEGINS = re.compile(r'(?:^|[.!?] |\." |(?<!, )")$')  # what stands before a sentence, a quoted one too
 CHILD = {str(name): child for child in PRONOUNS for name in LISTS[child]}
 
 # From templates to regular expressions --------------------------------------------------------------------------------
 
 
-def capital(before, text):
-    """text with the capitals that the writer gives it after `before`."""
-    tail = before[-4:]  # as far as FIRST_LETTERS looks back
-    return FIRST_LETTERS.sub(lambda m: m[1] + m[2].upper(), tail + text)[len(tail) :]
-
-
-@dataclass
-class Mention:
-    """A slot in a telling."""
-
-    slot: str
-    anew: bool
-    introduces: bool
-    pieces: dict  # {what it says: (name of the group that matches it, {what is written: its value})}
+# A slot in a telling. pieces: {what it says ("" is who or what): (group of the match, {what is written: its value})}
+Mention = namedtuple("Mention", "slot anew introduces pieces")
 
 
 class Telling:
@@ -71,42 +50,36 @@ class Telling:
 
     def __init__(self, event, facts, template):
         self.event, self.facts, self.mentions = event, facts, []
-        self.regex = re.compile(self.pattern(parse(template), "\n") + "(?= |$)")
+        self.regex = re.compile(self.pattern(world.parse(template), "") + "(?= |$)")
 
     def pattern(self, parts, before):
         out = ""
         for part in parts:
             if type(part) is str:
-                out += re.escape(capital(before, part))
-                before += part
-                continue
-            if type(part) is list:
+                out += re.escape(part)
+            elif type(part) is list:
                 out += "(?:" + "|".join(self.pattern(option, before) for option in part) + ")"
             else:
-                out += self.slot_pattern(*part, capital(before, "a") == "A")
-            before += "x"
+                out += self.slot_pattern(*part, BEGINS.search(before))
+            before = part if type(part) is str else "x"
         return out
 
     def slot_pattern(self, slot, form, anew, first):
-        """first: does a sentence begin here? The piece "" says who or what it is, the others what is said about it."""
+        """first: does a sentence begin here?"""
         role, out, pieces = role_of(slot), "", {}
-        for text, piece, kind, word_form in spell(role, form):
-            out += text if out or not first else text.capitalize()
+        for text, piece, kind, kind_form in world.spell(role, form):
+            out += text.capitalize() if first and not out else text
             if piece == "article":
                 out += ("A" if first else "a") + "(?:n(?= [aeiou])|(?= [^aeiou]))"
             elif piece or kind:
                 if kind:
-                    values = {
-                        str(getattr(word, word_form) if word_form else word): str(word) for word in words_of(kind)
-                    }
-                else:  # a pronoun: which children can it stand for?
-                    piece, values = "child", defaultdict(set)
-                    for child, forms in PRONOUNS.items():
-                        values[forms[form]].add(child)
+                    values = {str(word.form(kind_form)): str(word) for word in words_of(kind)}
+                else:  # a pronoun, of a girl or a boy or both
+                    piece, written = "child", [(forms[form], child) for child, forms in PRONOUNS.items()]
+                    values = {word: {child for other, child in written if other == word} for word, _ in written}
                 if first and not out:
                     values = {word[0].upper() + word[1:]: value for word, value in values.items()}
-                name = f"{piece}_{len(self.mentions)}"
-                pieces[piece] = name, values
+                pieces[piece] = name, _ = f"{piece}_{len(self.mentions)}", values
                 out += f"(?P<{name}>{'|'.join(map(re.escape, values))})"
         if role in PEOPLE and form == "full":  # "Tom the fox", or Tom alone, who is a boy
             out = out.replace(" the ", "(?: the ") + ")?"
@@ -116,26 +89,18 @@ class Telling:
 
 @cache
 def tellings():
-    return [Telling(event, facts, line) for event, (facts, lines) in EVENTS.items() for line in lines]
-
-
-@cache
-def sentences():
-    """Every sentence of every telling, alone."""
-    lines = {s: None for _, lines in EVENTS.values() for line in lines for s in TEMPLATE_END.split(line)}
-    return [Telling(None, [], line) for line in lines]
+    """All tellings of all events; and all their sentences, for those that stand alone."""
+    lines = {line for _, lines in world.EVENTS.values() for line in lines}
+    sentences = sorted({sentence for line in lines for sentence in TEMPLATE_END.split(line)})
+    whole = [Telling(event, facts, line) for event, (facts, lines) in world.EVENTS.items() for line in lines]
+    return whole, [Telling(None, [], sentence) for sentence in sentences]
 
 
 # Reading --------------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Statement:
-    """Something that can be checked, in words; told: the number of the passage that it agrees with or contradicts."""
-
-    says: str
-    agrees: bool
-    told: int | None = None
+# Something that can be checked, in words; told: the number of the passage that it agrees with or contradicts, or None
+Statement = namedtuple("Statement", "says agrees told")
 
 
 @dataclass
@@ -169,7 +134,7 @@ class Reader:
 
     def read(self, start):
         """Read the passage that begins there -> its end."""
-        for options in (tellings(), sentences()):
+        for options in tellings():
             found = [(telling, match) for telling in options if (match := telling.regex.match(self.text, start))]
             if found:
                 end = max(match.end() for _, match in found)
@@ -191,22 +156,22 @@ class Reader:
         """May something that was not understood have told about them? (About "feed the ducks" as "fed the ducks".)"""
         return any(words_in(word.partition(" ")[2] or word) <= self.unread for word in words)
 
-    def check(self, *statement):
-        self.passages[-1].statements.append(Statement(*statement))
+    def check(self, says, agrees, told=None):
+        self.passages[-1].statements.append(Statement(says, agrees, told))
 
     def known_as(self, slot):
         return self.known["person" if role_of(slot) in PEOPLE else role_of(slot)]
 
     def tell(self, found):
-        """Take in a telling. The same words may introduce something or mention it again: the first that fits, or the last."""
+        """Take in a telling. The same words may mention something new or known: the first that fits, or the last."""
         for telling, match in found:
-            filled = [(mention, self.filled(mention, match)) for mention in telling.mentions]
-            filled = [(mention, values) for mention, values in filled if values]
-            if all(
-                (values[""] in self.known_as(mention.slot)) != mention.anew
+            filled = [(mention, values) for mention in telling.mentions if (values := self.filled(mention, match))]
+            new = [
+                (values[""] not in self.known_as(mention.slot), mention.anew)
                 for mention, values in filled
-                if "" in values and (mention.anew or telling.event is None)
-            ):
+                if "" in values
+            ]
+            if all(unknown == anew for unknown, anew in new if anew or telling.event is None):
                 break
         self.passages.append(Passage(match[0], True, telling.event))
         for mention, values in filled:
@@ -222,45 +187,22 @@ class Reader:
 
     def filled(self, mention, match):
         """{piece: value} of what was written; {} if the mention stands in an alternative that was not taken."""
-        found = {piece: (match[name], values) for piece, (name, values) in mention.pieces.items()}
-        return {piece: values[text] for piece, (text, values) in found.items() if text is not None}
-
-    def what(self, slot, piece, value):
-        """Something is said about somebody or something. Does it agree with what was said before?"""
-        known, here, now = self.known_as(slot), self.passages[-1].cast, len(self.passages) - 1
-        who = here.get(slot) or self.cast.get(slot)
-        if who is None:
-            if not self.unread:
-                self.check(f"{slot}: nobody is known", False)
-            return
-        here[slot] = who
-        if who not in known:  # the wrong one, which is a contradiction already
-            return
-        if piece not in known[who]:
-            known[who][piece] = value, now
-            if value not in PRONOUNS:
-                return
-            piece, value = "child", {value}  # a boy or a girl: the name must be one's
-        old, told = known[who][piece]
-        agrees = old in value if piece == "child" else old == value
-        self.check(f"{who}: a {old}" if piece == "child" else f"{who}: {piece} {value}", agrees, told)
+        return {p: values[match[name]] for p, (name, values) in mention.pieces.items() if match[name] is not None}
 
     def who(self, mention, values):
         """Somebody or something is named. Is it known, and is it the one that it must be?"""
         who, slot, role, now = values[""], mention.slot, role_of(mention.slot), len(self.passages) - 1
-        known, here = self.known_as(slot), self.passages[-1].cast
+        known, here, place = self.known_as(slot), self.passages[-1].cast, self.cast.get("place")
         before = here.get(slot) or (None if role in CHANGING or mention.anew else self.cast.get(slot))
         here[slot] = who
         if before not in (None, who):
             self.check(f"{who}, not {before}", False, known[before]["since"][1] if before in known else now)
             return  # it is still the other
-        elif who in known:
-            if not mention.anew:
-                self.check(who, role == "hero" or who != self.cast.get("hero"), known[who]["since"][1])
+        if who in known and not mention.anew:
+            self.check(who, role == "hero" or who != self.cast.get("hero"), known[who]["since"][1])
         elif not mention.introduces and self.passages[-1].event != "open" and not self.doubt(who):
             self.check(f"{who} was not in the story", False)
-        elif role in ("spot", "helper", "fun") and self.cast.get("place"):
-            place = self.cast["place"]
+        elif role in ("spot", "helper", "fun") and place:
             at = next(word.at for word in LISTS["place"] if word == place)
             self.check(f"{who}: {at}", who in LISTS[f"{role} {at}"], self.known["place"][place]["since"][1])
         facts = known.setdefault(who, {"since": (None, now)})
@@ -269,6 +211,27 @@ class Reader:
         if "kind" in mention.pieces and "kind" not in values:  # Tom, not "Tom the fox"
             facts.setdefault("kind", (CHILD[who], now))
         self.cast[slot] = who
+
+    def what(self, slot, piece, value):
+        """Something is said about somebody or something. Does it agree with what was said before?"""
+        known, here, now = self.known_as(slot), self.passages[-1].cast, len(self.passages) - 1
+        who = here[slot] = here.get(slot) or self.cast.get(slot)
+        if who is None:
+            del here[slot]
+            if not self.unread:
+                self.check(f"{slot}: nobody is known", False)
+        if who not in known:  # nobody, or the wrong one, which is a contradiction already
+            return
+        if piece not in known[who]:
+            known[who][piece] = value, now
+            if value not in PRONOUNS:
+                return
+            piece, value = "child", {value}  # a boy or a girl: the name must be one's
+        old, told = known[who][piece]
+        if piece == "child":
+            self.check(f"{who}: a {old}", old in value, told)
+        else:
+            self.check(f"{who}: {piece} {value}", old == value, told)
 
     def recall_or_set(self, slot, relation, value, mode):
         """As Author does, except that what is recalled is compared."""
@@ -299,33 +262,24 @@ def consistency(passages):
     return 10 * sum(agree) / max(1, len(agree))
 
 
-def copied(stories, train):
-    """For each story, an array of tokens: its longest run that also stands in train, as a share of the story.
+def copied(stories, train, end):
+    """The longest run of each story, an array of tokens, that also stands in a story of train, as a share of the story.
 
-    A run is found by its hash, the sum of tokens[i + k] * BASE**k modulo 2**64, and its length by bisection."""
-    longest = max(len(train), *map(len, stories))
-    powers = np.cumprod(np.full(longest, 0x9E3779B97F4A7C15, dtype=np.uint64))
-    sums = [np.append(np.uint64(0), np.cumsum(tokens * powers[: len(tokens)])) for tokens in (train, *stories)]
-
-    def runs(number, length):
-        ends = sums[number][length:]
-        return (ends - sums[number][: len(ends)]) * powers[::-1][: len(ends)]  # equal wherever the same run stands
-
-    low, high = np.zeros(len(stories), dtype=int), np.minimum([len(story) for story in stories], len(train))
-    while (open_ := low < high).any():
-        middle = (low + high + 1) // 2
-        for length in np.unique(middle[open_]):
-            mine = {i: runs(i + 1, length) for i in np.flatnonzero(open_ & (middle == length))}
-            every, there = np.unique(np.concatenate([*mine.values()])), runs(0, length)
-            maybe = np.zeros(2**24, dtype=bool)  # most runs in train are in no story: leave them out before sorting
-            maybe[every >> np.uint64(40)] = True
-            there = np.intersect1d(there[maybe[there >> np.uint64(40)]], every)
-            for i, hashes in mine.items():
-                if np.isin(hashes, there).any():
-                    low[i] = length
-                else:
-                    high[i] = length - 1
-    return low / np.maximum(1, [len(story) for story in stories])
+    Equal runs get equal numbers. Those that stand in train and in a story grow by one token, again and again."""
+    text = np.concatenate([train, *(np.append(story, end) for story in stories), [end]]).astype(np.int64)
+    owner = np.repeat(np.arange(len(stories) + 2), [len(train), *(len(story) + 1 for story in stories), 1])
+    longest, places = np.zeros(len(stories) + 2), np.flatnonzero(text != end)
+    run = text[places]
+    for length in count(1):
+        _, run = np.unique(run, return_inverse=True)
+        both = [np.bincount(run, owner[places] == 0, run.max(initial=0) + 1), np.bincount(run, owner[places] > 0)]
+        shared = (both[0][: len(both[1])] > 0) & (both[1] > 0)
+        run, places = run[shared[run]], places[shared[run]]
+        if not len(places):
+            return longest[1:-1] / np.maximum(1, [len(story) for story in stories])
+        longest[owner[places]] = length
+        more = text[places + length] != end
+        run, places = run[more] * 2**16 + text[places[more] + length], places[more]
 
 
 def judge(texts, data):
@@ -338,7 +292,7 @@ def judge(texts, data):
     return {
         "grammar": np.array([grammar(passages) for passages in readings]),
         "consistency": np.array([consistency(passages) for passages in readings]),
-        "copied": copied([np.array(encode(" ".join(text.split())), dtype=np.uint16) for text in texts], train),
+        "copied": copied([np.array(encode(" ".join(text.split()))) for text in texts], train, meta["end"]),
     }, readings
 
 
@@ -347,57 +301,68 @@ def mean_and_error(values, groups=None):
     if len(values) == 0:
         return None, None
     groups = np.arange(len(values)) if groups is None else np.unique(groups, return_inverse=True)[1]
-    count, mean = groups.max() + 1, float(np.mean(values))
+    number, mean = groups.max() + 1, float(np.mean(values))
     sums = np.bincount(groups, np.asarray(values) - mean)
-    return mean, float(np.sqrt(np.sum(sums**2) * count / (count - 1)) / len(values)) if count > 1 else None
+    return mean, float(np.sqrt(np.sum(sums**2) * number / (number - 1)) / len(values)) if number > 1 else None
 
 
 # Recall ---------------------------------------------------------------------------------------------------------------
 
 
+@cache
+def candidates(tokenizer, kind, form, space, capital):
+    """The tokens of all words of a kind, as they are written at a place."""
+    words = [word.form(form) for word in words_of(kind)]
+    return [tokenizer.encode_ordinary(" " * space + (w[0].upper() + w[1:] if capital else w)) for w in words]
+
+
 def recall(model, data, stories=None):
     """How well a model recalls, in unseen stories, the words that the story so far decides.
 
-    Returns a dict of arrays, one number a word: story, distance (tokens since it was last said), p (the probability that
-    the model gives to the word among all of its kind), chance (that of a guess among all of the kind), copying (of one
-    among those that the story has used), asked (is a fact recalled, with two candidates or more in the story?); and
-    tokens, the number of tokens scored. Stories longer than the context are left out."""
+    Returns a dict of arrays with a number for each of these words: story; distance, in tokens from its last mention; p,
+    the probability that the model gives to it among all words of its kind; chance, that of a guess among all of them;
+    copying, that of a guess among those that the story has used; asked, is a fact recalled that copying cannot answer?
+    And tokens, how many were scored. Stories longer than the context are left out."""
     import torch  # here, because reading stories needs no torch
 
     meta, _, val = data
     tokenizer, device = load_tokenizer(meta["tokenizer"]), next(model.parameters()).device
-    rows, tokens = [], 0
-    for number, story in enumerate(split_stories(val, meta["end"])[:stories]):
-        written, asked = questions(Author(meta["seed"], meta["stories"] - meta["val_stories"] + number), tokenizer)
-        if written != story.tolist():
+    rows, scored = [], 0
+    for number, tokens in enumerate(split_stories(val, meta["end"])[:stories]):
+        story = world.Author(meta["seed"], meta["stories"] - meta["val_stories"] + number)
+        written, places = world.locate(story, tokenizer)
+        if written != tokens.tolist():
             raise InputError("the validation stories are of another version of the world; make data/stories again")
-        if len(story) >= model.config.block_size:
+        if len(tokens) >= model.config.block_size:
             continue
-        tokens += len(story) + 1
+        scored += len(tokens) + 1
         idx = torch.tensor([[meta["end"], *written]], device=device)
         with torch.no_grad():
             logits = model(idx, idx)[0][0].double().cpu()
-        for question in asked:
-            p, left = 1.0, question.candidates
-            for i, token in enumerate(question.answer):
-                nexts = sorted({candidate[i] for candidate in left if len(candidate) > i})
-                p *= logits[question.place + i, nexts].softmax(0)[nexts.index(token)].item()
-                left = [candidate for candidate in left if candidate[i : i + 1] == [token]]
-            fair = question.asked and question.said > 1
-            rows.append((number, question.distance, p, 1 / len(question.candidates), 1 / question.said, fair))
-    columns = np.array(rows).reshape(-1, 6).T
-    found = dict(zip(("story", "distance", "p", "chance", "copying", "asked"), columns, strict=True))
-    return found | {"asked": found["asked"].astype(bool), "tokens": tokens}
+        for word, (place, distance) in zip(story.decided, places, strict=True):
+            before, capital = story.text[word.start - 1], story.text[word.start].isupper()
+            every = left = candidates(tokenizer, word.kind, word.form, before == " ", capital)
+            p, i = 1.0, 0
+            while nexts := sorted({tokens[i] for tokens in left if len(tokens) > i}):
+                p *= logits[place + i, nexts].softmax(0)[nexts.index(written[place + i])].item()
+                left = [tokens for tokens in left if tokens[i : i + 1] == [written[place + i]]]
+                i += 1
+            rows.append((number, distance, p, 1 / len(every), 1 / word.said, word.asked and word.said > 1))
+    columns = zip(
+        ("story", "distance", "p", "chance", "copying", "asked"), np.array(rows).reshape(-1, 6).T, strict=True
+    )
+    found = dict(columns)
+    return found | {"asked": found["asked"].astype(bool), "tokens": scored}
 
 
 def summary(found):
-    """What recall() found, in a few numbers: recall with its standard error and baselines, over the words asked for; and
+    """What recall() found: recall (with its standard error), chance and copying, means over the words asked for; and
     lost, the nats per token that the model loses at decided words, where a perfect model loses none."""
     asked = found["asked"]
     mean, error = mean_and_error(found["p"][asked], found["story"][asked])
-    chance, copying = (mean_and_error(found[name][asked])[0] for name in ("chance", "copying"))
+    baselines = {name: mean_and_error(found[name][asked])[0] for name in ("chance", "copying")}
     lost = -np.log(np.maximum(found["p"], 1e-300)).sum() / max(1, found["tokens"])
-    return {"recall": mean, "recall_error": error, "chance": chance, "copying": copying, "lost": float(lost)}
+    return {"recall": mean, "recall_error": error, **baselines, "lost": float(lost)}
 
 
 # The command ----------------------------------------------------------------------------------------------------------
@@ -409,9 +374,9 @@ def explain(passages):
         wrong = [statement for statement in passage.statements if not statement.agrees]
         if wrong or not passage.parsed:
             yield ("contradiction: " if wrong else "no such sentence: ") + passage.text
-        for statement in wrong:
-            told = None if statement.told is None else passages[statement.told]
-            yield f"    {statement.says}" + (f"; it was told: {told.text}" if told and told is not passage else "")
+        for says, _, told in wrong:
+            other = told is not None and passages[told] is not passage
+            yield f"    {says}" + (f"; it was told: {passages[told].text}" if other else "")
 
 
 def main():

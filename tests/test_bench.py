@@ -16,7 +16,6 @@ from torch.utils.flop_counter import FlopCounterMode
 import bench
 from data.common import load_data, load_tokenizer
 from data.prepare import prepare
-from data.stories import Author
 from model import ABSORBS, ATTN, FORMAT, GPT, GPTConfig
 
 SHAPE = dict(n_layer=2, n_head=4, n_embd=32, vocab_size=16, block_size=64)
