@@ -27,12 +27,9 @@ if __name__ == "__main__":
 
 from data import stories as world
 from data.common import DATA, END, InputError, Parser, load_data, load_tokenizer, run, split_stories
-from data.stories import LISTS, PRONOUNS, role_of, words_of
+from data.stories import LISTS, PEOPLE, PRONOUNS, role_of, words_of
 
-PEOPLE = ("hero", "friend", "child")
 CHANGING = {"friend", "thing", *map(role_of, re.findall(r"\{\+(\w+)", world.WORLD))}  # the others stay the same
-# The forms that introduce somebody or something. Other roles are introduced by any.
-INTRODUCE = dict(hero=(), friend=("full",), thing=("a", "full"), fragile=("a", "full"))
 SENTENCE_END = re.compile(r'(?<=[.!?]) (?=["A-Z])|(?<=[.!?]") (?=["A-Z])')
 TEMPLATE_END = re.compile(r'(?<=[.!?]) (?=["A-Z{[])|(?<=\.") |(?<=[!?]") (?=["A-Z]|\{(?:hero|friend|child)\})')
 BEGINS = re.compile(r'(?:^|[.!?] |\." |(?<!, )")$')  # what stands before a sentence, a quoted one too
@@ -41,15 +38,15 @@ CHILD = {str(name): child for child in PRONOUNS for name in LISTS[child]}
 # From templates to regular expressions --------------------------------------------------------------------------------
 
 
-# A slot in a telling. pieces: {what it says ("" is who or what): (group of the match, {what is written: its value})}
-Mention = namedtuple("Mention", "slot anew introduces pieces")
+# A slot in a telling. piece: what it says, "" is who or what; values: {what is written: its value}
+Mention = namedtuple("Mention", "slot piece group values")
 
 
 class Telling:
     """One way to tell an event, or a sentence of one (event None), as a regular expression."""
 
     def __init__(self, event, facts, template):
-        self.event, self.facts, self.mentions = event, facts, []
+        self.event, self.facts, self.mentions, self.anew = event, facts, [], set()
         self.regex = re.compile(self.pattern(world.parse(template), "") + "(?= |$)")
 
     def pattern(self, parts, before):
@@ -66,25 +63,28 @@ class Telling:
 
     def slot_pattern(self, slot, form, anew, first):
         """first: does a sentence begin here?"""
-        role, out, pieces = role_of(slot), "", {}
-        for text, piece, kind, kind_form in world.spell(role, form):
-            out += text.capitalize() if first and not out else text
-            if piece == "article":
-                out += ("A" if first else "a") + "(?:n(?= [aeiou])|(?= [^aeiou]))"
-            elif piece or kind:
-                if kind:
-                    values = {str(word.form(kind_form)): str(word) for word in words_of(kind)}
-                else:  # a pronoun, of a girl or a boy or both
-                    piece, written = "child", [(forms[form], child) for child, forms in PRONOUNS.items()]
-                    values = {word: {child for other, child in written if other == word} for word, _ in written}
-                if first and not out:
-                    values = {word[0].upper() + word[1:]: value for word, value in values.items()}
-                pieces[piece] = name, _ = f"{piece}_{len(self.mentions)}", values
-                out += f"(?P<{name}>{'|'.join(map(re.escape, values))})"
-        if role in PEOPLE and form == "full":  # "Tom the fox", or Tom alone, who is a boy
-            out = out.replace(" the ", "(?: the ") + ")?"
-        self.mentions.append(Mention(slot, anew, form in INTRODUCE.get(role, (form,)), pieces))
-        return out
+        self.anew |= {slot} if anew else set()
+        if form == "article":
+            return ("A" if first else "a") + "(?:n(?= [aeiou])|(?= [^aeiou]))"
+        if kind := world.kind_of(slot, form):
+            piece, form = (form, "") if kind == form else ("", form)
+            values = {str(word.form(form)): str(word) for word in words_of(kind)}
+        elif form == "surname":  # Tom the fox; or Tom alone, a child
+            piece, values = "kind", {f" the {kind}": str(kind) for kind in LISTS["kind"]} | {"": ""}
+        else:  # a pronoun of a girl, of a boy, or of both
+            piece, of = "child", {child: forms[form] for child, forms in PRONOUNS.items()}
+            values = {word: {child for child in of if of[child] == word} for word in of.values()}
+        if first:
+            values = {word[0].upper() + word[1:]: value for word, value in values.items()}
+        self.mentions.append(Mention(slot, piece, f"g{len(self.mentions)}", values))
+        return f"(?P<{self.mentions[-1].group}>{'|'.join(map(re.escape, values))})"
+
+    def introduces(self, slot):
+        """Is somebody or something presented here, in more words than a later mention takes?"""
+        if role_of(slot) == "hero":
+            return self.event == "open"
+        shy = role_of(slot) in ("friend", "thing", "fragile")
+        return not shy or any(m.slot == slot and m.piece in ("kind", "quality") for m in self.mentions)
 
 
 @cache
@@ -165,73 +165,60 @@ class Reader:
     def tell(self, found):
         """Take in a telling. The same words may mention something new or known: the first that fits, or the last."""
         for telling, match in found:
-            filled = [(mention, values) for mention in telling.mentions if (values := self.filled(mention, match))]
-            new = [
-                (values[""] not in self.known_as(mention.slot), mention.anew)
-                for mention, values in filled
-                if "" in values
-            ]
-            if all(unknown == anew for unknown, anew in new if anew or telling.event is None):
+            said = [(m.slot, m.piece, m.values[match[m.group]]) for m in telling.mentions if match[m.group] is not None]
+            named = [(slot in telling.anew, who in self.known_as(slot)) for slot, piece, who in said if piece == ""]
+            if all(anew != known for anew, known in named if anew or telling.event is None):
                 break
         self.passages.append(Passage(match[0], True, telling.event))
-        for mention, values in filled:
-            if "" in values:
-                self.who(mention, values)
-        for mention, values in filled:
-            for piece in values.keys() - {""}:
-                self.what(mention.slot, piece, values[piece])
+        for slot, piece, value in said:
+            if piece == "":
+                self.who(slot, value, telling)
+        for slot, piece, value in said:
+            if piece:
+                self.what(slot, piece, value)
         for fact in telling.facts:
             self.recall_or_set(*fact)
         if telling.event is None:
             self.lose(match[0])
 
-    def filled(self, mention, match):
-        """{piece: value} of what was written; {} if the mention stands in an alternative that was not taken."""
-        return {p: values[match[name]] for p, (name, values) in mention.pieces.items() if match[name] is not None}
-
-    def who(self, mention, values):
+    def who(self, slot, who, telling):
         """Somebody or something is named. Is it known, and is it the one that it must be?"""
-        who, slot, role, now = values[""], mention.slot, role_of(mention.slot), len(self.passages) - 1
-        known, here, place = self.known_as(slot), self.passages[-1].cast, self.cast.get("place")
-        before = here.get(slot) or (None if role in CHANGING or mention.anew else self.cast.get(slot))
+        known, here, now, role = self.known_as(slot), self.passages[-1].cast, len(self.passages) - 1, role_of(slot)
+        place, anew = self.cast.get("place"), slot in telling.anew
+        before = here.get(slot) or (None if role in CHANGING or anew else self.cast.get(slot))
         here[slot] = who
         if before not in (None, who):
             self.check(f"{who}, not {before}", False, known[before]["since"][1] if before in known else now)
             return  # it is still the other
-        if who in known and not mention.anew:
+        if who in known and not anew:
             self.check(who, role == "hero" or who != self.cast.get("hero"), known[who]["since"][1])
-        elif not mention.introduces and self.passages[-1].event != "open" and not self.doubt(who):
+        elif not telling.introduces(slot) and not self.doubt(who):
             self.check(f"{who} was not in the story", False)
         elif role in ("spot", "helper", "fun") and place:
             at = next(word.at for word in LISTS["place"] if word == place)
             self.check(f"{who}: {at}", who in LISTS[f"{role} {at}"], self.known["place"][place]["since"][1])
-        facts = known.setdefault(who, {"since": (None, now)})
-        if role in PEOPLE:
-            facts.setdefault("child", (CHILD[who], now))
-        if "kind" in mention.pieces and "kind" not in values:  # Tom, not "Tom the fox"
-            facts.setdefault("kind", (CHILD[who], now))
+        known.setdefault(who, {"since": (None, now)})
         self.cast[slot] = who
 
     def what(self, slot, piece, value):
         """Something is said about somebody or something. Does it agree with what was said before?"""
-        known, here, now = self.known_as(slot), self.passages[-1].cast, len(self.passages) - 1
-        who = here[slot] = here.get(slot) or self.cast.get(slot)
-        if who is None:
-            del here[slot]
-            if not self.unread:
-                self.check(f"{slot}: nobody is known", False)
+        known, here = self.known_as(slot), self.passages[-1].cast
+        who = here.get(slot) or self.cast.get(slot)
+        if who is None and not self.unread:
+            self.check(f"{slot}: nobody is known", False)
+        if who is not None:
+            here[slot] = who
         if who not in known:  # nobody, or the wrong one, which is a contradiction already
             return
-        if piece not in known[who]:
-            known[who][piece] = value, now
-            if value not in PRONOUNS:
-                return
-            piece, value = "child", {value}  # a boy or a girl: the name must be one's
-        old, told = known[who][piece]
-        if piece == "child":
-            self.check(f"{who}: a {old}", old in value, told)
-        else:
+        value = value or CHILD[who]  # Tom, not "Tom the fox"
+        if piece == "child" or value in PRONOUNS and piece not in known[who]:  # does the name agree?
+            agrees = CHILD[who] in value if piece == "child" else CHILD[who] == value
+            self.check(f"{who}: a {CHILD[who]}", agrees, known[who]["since"][1])
+        if piece in known[who]:
+            old, told = known[who][piece]
             self.check(f"{who}: {piece} {value}", old == value, told)
+        elif piece != "child":
+            known[who][piece] = value, len(self.passages) - 1
 
     def recall_or_set(self, slot, relation, value, mode):
         """As Author does, except that what is recalled is compared."""

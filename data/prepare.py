@@ -1,6 +1,7 @@
 """Text to tokens: python data/prepare.py [stories|tinystories|FILE] writes train.bin, val.bin and meta.json.
 
-Both .bin files are one stream of uint16 tokens: <|endoftext|>, a story, <|endoftext|>, a story, ..., <|endoftext|>."""
+Both .bin files are one stream of uint16 tokens: <|endoftext|>, a story, <|endoftext|>, a story, ..., <|endoftext|>.
+"""
 
 import glob
 import hashlib
@@ -23,11 +24,11 @@ if __name__ == "__main__":
 
 from data.common import DATA, END, VOCABULARY, InputError, Parser, load_data, load_tokenizer, run
 
-TINYSTORIES = "roneneldan/TinyStories"  # on Hugging Face (Eldan and Li 2023); or a folder that holds a copy
+TINYSTORIES = "roneneldan/TinyStories"  # on Hugging Face (Eldan and Li 2023); or a folder with a copy
 
 
 def read_txt(path):
-    """Yield the texts between <|endoftext|>, or between blank lines if there is none."""
+    """Yield the texts between <|endoftext|>, or between blank lines if there is none, without holding the file."""
     with open(path, "rb") as file:
         has_end = any(END.encode() in line for line in file)
         file.seek(0)
@@ -46,7 +47,7 @@ def read_txt(path):
 
 
 def read_rows(source, split, cache):
-    """Yield the column `text` of TinyStories, a .jsonl or a .parquet, read through Hugging Face datasets."""
+    """Yield the column `text` of TinyStories, a .jsonl or a .parquet, read as a stream by Hugging Face datasets."""
     try:
         import datasets
     except ImportError as error:
@@ -66,15 +67,22 @@ def read_rows(source, split, cache):
 
 
 def read_stories(source, split="train", cache=None):
-    """Yield the stories of TinyStories or of a file, one at a time."""
+    """Iterate over the stories of TinyStories or a file. Of a file with a single one: all but its last twentieth, and that."""
     texts = read_txt(source) if source.endswith(".txt") else read_rows(source, split, cache)
-    return filter(None, map(str.strip, texts))
+    texts = filter(None, map(str.strip, texts))
+    first, second = next(texts, ""), next(texts, "")
+    if not second:
+        place = max(first.rfind(space, 0, len(first) - len(first) // 20) for space in " \n")
+        first, second = first[: max(0, place)], first[max(0, place) :]
+    return chain([first, second], texts)
 
 
-def cut(text):
-    """Split a text in two at the last space before its last twentieth."""
-    place = max(text.rfind(space, 0, len(text) - len(text) // 20) for space in " \n")
-    return [text[:place], text[place:]] if place > 0 else [text]
+def write_story(seed, encoding, index):
+    """-> the tokens of a story of the world, and its information content in nats."""
+    from data.stories import Author  # here, because it reads the whole world
+
+    story = Author(seed, index)
+    return encoding.encode_ordinary(story.text), story.nats
 
 
 def start_worker():
@@ -82,31 +90,15 @@ def start_worker():
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends its workers
 
 
-def write_story(seed, encoding, index):
-    from data.stories import Author  # here, because it reads the whole world
-
-    story = Author(seed, index)
-    return encoding.encode_ordinary(story.text), story.nats
-
-
-def validation_size(stories):
-    """How many of so many stories are for validation: the last twentieth, 1,000 at most."""
-    return max(1, min(1000, stories // 20))
-
-
-def tokenize(source, stories, seed, encoding, cache):
-    """Yield (tokens, nats) for each story, those to validate on last. nats, the information content, may be None."""
+def tokenize(source, stories, official, seed, encoding, cache):
+    """Yield (tokens, nats) of each story, those for validation last; nats is None if nobody knows."""
     if source == "stories":
         with Pool(initializer=start_worker) as pool:
             yield from pool.imap(partial(write_story, seed, encoding), range(stories), chunksize=500)
         return
-    if source == "tinystories":
-        official = islice(read_stories(source, "validation"), validation_size(stories))  # its own split
-        texts = chain(islice(read_stories(source), stories), official)
-    else:
-        texts = read_stories(source, cache=cache)
-        first, second = next(texts, ""), next(texts, "")
-        texts = islice(chain([first, second], texts) if second else cut(first), stories)
+    texts = islice(read_stories(source, "train", cache), stories)
+    if source == "tinystories":  # which has a split for validation
+        texts = chain(texts, islice(read_stories(source, "validation"), official))
     while batch := list(islice(texts, 256)):
         yield from ((tokens, None) for tokens in encoding.encode_ordinary_batch(batch))
 
@@ -130,13 +122,11 @@ def prepare(source="stories", stories=None, tokenizer=None, seed=0, root=DATA):
     """Write a data set to root/<name>/ and return that folder. If it is there already, do nothing.
 
     source: "stories", "tinystories" or a file; stories: how many (100,000, or all of a file); seed: of the world.
-    The last twentieth, 1,000 stories at most, is for validation. TinyStories has a split for that: it comes on top.
+    The last twentieth, 1,000 stories at most, is for validation; that of TinyStories comes from its own split.
     Raises InputError for bad input or if the folder holds other data, OSError if the network or the disk fails."""
     path, is_file = Path(source), source not in ("stories", "tinystories")
     if is_file and (path.suffix not in (".txt", ".jsonl", ".parquet") or not path.is_file()):
         raise InputError(f"{source}: no such file; must be stories, tinystories or a .txt, .jsonl or .parquet file")
-    if is_file and not path.stat().st_size:
-        raise InputError(f"{source}: is empty")
     if is_file and (path.stem in ("stories", "tinystories") or path.stem.startswith(".")):
         raise InputError(f"{source}: data/{path.stem} is not for files; rename the file")
     if stories is not None and stories < 2:
@@ -150,39 +140,42 @@ def prepare(source="stories", stories=None, tokenizer=None, seed=0, root=DATA):
     elif is_file:
         with open(path, "rb") as file:
             meta["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
-    folder = Path(root) / path.stem
+    folder, end = Path(root) / path.stem, encoding.eot_token
     if is_ready(folder, meta):
         print(f"{os.path.relpath(folder)} is ready")
         return folder
     with tempfile.TemporaryDirectory(prefix=f".{path.stem}-", dir=root) as temporary:
-        scratch, end, lengths, nats = Path(temporary) / "data", encoding.eot_token, [], []
+        scratch, lengths, nats = Path(temporary) / "data", [], []
         scratch.mkdir()
+        official = max(1, min(1000, (stories or 0) // 20))
         with open(scratch / "train.bin", "wb") as file:
             file.write(np.uint16(end).tobytes())
-            documents = tokenize(source, stories, seed, encoding, temporary)
+            documents = tokenize(source, stories, official, seed, encoding, temporary)
             for tokens, information in tqdm(documents, total=stories, unit=" stories", mininterval=1):
                 file.write(np.array([*tokens, end], dtype=np.uint16).tobytes())
                 lengths.append(len(tokens) + 1)
                 nats.append(information)
-        val_stories = validation_size(stories if source == "tinystories" else len(lengths))
+        val_stories = official if source == "tinystories" else max(1, min(1000, len(lengths) // 20))
         train_stories = len(lengths) - val_stories
-        if train_stories < 1:
+        if train_stories < 1 or min(lengths) < 2:
             raise InputError(f"{source}: too short: nothing to train on")
         train_tokens, val_tokens = sum(lengths[:train_stories]), sum(lengths[train_stories:])
-        val = np.fromfile(scratch / "train.bin", np.uint16, offset=2 * train_tokens)
+        val = np.fromfile(
+            scratch / "train.bin", np.uint16, offset=2 * train_tokens
+        )  # begins with the last <|endoftext|>
         val.tofile(scratch / "val.bin")
         os.truncate(scratch / "train.bin", 2 * train_tokens + 2)
         val_nats = nats[train_stories:] if source == "stories" else None
-        floor = sum(val_nats) / val_tokens if val_nats else None
         meta |= dict(vocab_size=encoding.n_vocab, end=end, train_stories=train_stories, train_tokens=train_tokens)
-        meta |= dict(val_stories=val_stories, val_tokens=val_tokens, floor=floor, val_nats=val_nats)
+        meta |= dict(val_stories=val_stories, val_tokens=val_tokens, val_nats=val_nats)
+        meta["floor"] = sum(val_nats) / val_tokens if val_nats else None  # nats per token, <|endoftext|> included
         meta["val_bytes"] = len(encoding.decode_bytes(val[val != end].tolist()))
         (scratch / "meta.json").write_text(json.dumps(meta, indent=1))
         shutil.rmtree(folder, ignore_errors=True)  # a damaged one
         os.replace(scratch, folder)
     print(f"{os.path.relpath(folder)}: {train_tokens:,} tokens to train on, {val_tokens:,} to validate on")
-    if floor:
-        print(f"floor {floor:.4f} nats per token, the loss of a perfect model")
+    if val_nats:
+        print(f"floor {meta['floor']:.4f} nats per token, the loss of a perfect model")
     return folder
 
 

@@ -19,15 +19,28 @@ import math
 import re
 import sys
 from bisect import bisect_left
-from collections import Counter, defaultdict
-from dataclasses import dataclass
+from collections import Counter, defaultdict, namedtuple
 from functools import cache
 from pathlib import Path
 from random import Random
-from string import Formatter
 
 WORLD = re.sub(r"\n +", " ", (Path(__file__).parent / "world.txt").read_text(encoding="utf-8"))  # join indented lines
-FIRST_LETTERS = re.compile(r'(^|\n|[.!?] |\." |(?<!, )")([a-z])')  # of sentences, quoted ones too
+SHORT = {  # forms that stand for several slots: {friend.named} is "Tom the fox", {thing.a} "a lovely red drum"
+    "named": "{X}{X.surname}",
+    "full": "{X.quality} {X.colour} {X}",
+    "a": "{X.article} {X.quality} {X.colour} {X}",
+    "the": "the {X.colour} {X}",
+}
+WORLD = re.sub(
+    r"\{(\+?)((?:friend|thing|fragile)\d?)\.(named|full|a|the)\}",
+    lambda m: SHORT[m[3]].replace("X", m[2]).replace("{", "{" + m[1], 1),
+    WORLD,
+)
+
+
+def capitalise(text):
+    """Give sentences, quoted ones too, their capital letters."""
+    return re.sub(r'(^|\n|[.!?] |\." |(?<!, )")([a-z])', lambda m: m[1] + m[2].upper(), text)
 
 
 class Word(str):
@@ -91,7 +104,10 @@ LISTS["home"] = [
 ]
 PLANS = dict(re.findall(r"^> (\w+): (.*)", WORLD, re.M))  # plots, and parts of plots
 EVENTS = {
-    name: ([(*fact.rstrip("?!").split(), fact[-1]) for fact in facts.split(",") if fact.strip()], body.splitlines())
+    name: (
+        [(*fact.rstrip("?!").split(), fact[-1]) for fact in facts.split(",") if fact.strip()],
+        capitalise(body).splitlines(),
+    )
     for name, facts, body in re.findall(r"^== (\w+):(.*)\n((?:[^=#\n].*\n)+)", WORLD, re.M)
 }
 PLOTS = [name for name in PLANS if f"moral_{name}" in EVENTS]
@@ -99,19 +115,8 @@ PRONOUNS = {
     "boy": dict(he="he", him="him", his="his", hers="his"),
     "girl": dict(he="she", him="her", his="her", hers="hers"),
 }
-# What takes several words to name: by role, then by form. A slot of any other role holds one word of a list.
-NAMES = {
-    "hero": {"": "{name}", "full": "{name} the {kind}", "kind": "{kind}"},
-    "child": {"": "{name}"},
-    "thing": {
-        "": "{noun}",
-        "full": "{quality} {colour} {noun}",
-        "a": "{article} {quality} {colour} {noun}",
-        "the": "the {colour} {noun}",
-        "colour": "{colour}",
-    },
-}
-NAMES |= {"friend": NAMES["hero"], "fragile": NAMES["thing"]}
+LISTS["name"] = LISTS["girl"] + LISTS["boy"]
+PEOPLE = ("hero", "friend", "child")
 
 
 def role_of(slot):
@@ -119,38 +124,27 @@ def role_of(slot):
     return slot.rstrip("23")
 
 
+def kind_of(slot, form):
+    """The kind of word that a form of a slot is: words_of(kind) could stand there. None for "a", "he", " the fox"."""
+    if form in ("article", "surname", *PRONOUNS["boy"]):
+        return None
+    if form in ("colour", "quality", "kind"):
+        return form
+    return "name" if role_of(slot) in PEOPLE else role_of(slot)
+
+
 @cache
 def words_of(kind):
     """All words of a kind, such as "name", "colour" or "spot" (at every place)."""
-    if kind in ("name", "kind"):
-        return [*LISTS["girl"], *LISTS["boy"]] if kind == "name" else [*LISTS["kind"], *map(Word, PRONOUNS)]
+    if kind == "kind":
+        return [*LISTS["kind"], *map(Word, PRONOUNS)]
     return LISTS.get(kind) or [word for place in LISTS["place"] for word in LISTS[f"{kind} {place.at}"]]
 
 
-@cache
-def spell(role, form):
-    """How a slot is written -> [(text, piece, kind of word, its form)]: a text, and a word that follows it, if any.
-
-    The piece says what the word tells about the slot: "" who or what it is, "colour" its colour, and so on."""
-    if form in PRONOUNS["boy"]:
-        return [("", form, "", "")]
-    if role not in NAMES:
-        return [("", "", role, form)]
-    kinds = {"name": ("", "name"), "noun": ("", role), "article": ("article", "")}
-    return [(text, *kinds.get(piece, (piece, piece)), "") for text, piece, *_ in Formatter().parse(NAMES[role][form])]
-
-
-@dataclass
-class Decided:
-    """A word that the story so far decides, because it mentions somebody or something again."""
-
-    start: int  # where in the text
-    end: int
-    kind: str  # words_of(kind) in this form could stand here
-    form: str
-    said: int  # how many words of the kind the story has used, this one included
-    since: int  # the end of its last mention
-    asked: bool  # does this telling recall a fact about it?
+# A word of the text that the story so far decides, for it mentions somebody or something again: where it stands; its
+# kind and form; how many words of the kind the story has used, this one included; where its last mention ended; and
+# whether this telling recalls a fact about it.
+Decided = namedtuple("Decided", "start end kind form said since asked")
 
 
 class Author:
@@ -169,7 +163,7 @@ class Author:
         self.said = defaultdict(dict)  # {kind: {word: the end of its last mention}}
         self.told, self.alternatives = [], []  # casts of a repeated event; those that the sentence so far leaves open
         self.write_story()
-        self.text = FIRST_LETTERS.sub(lambda m: m[1] + m[2].upper(), self.draft).replace("\n", " ")
+        self.text = capitalise(self.draft).replace("\n", " ")
 
     @property
     def nats(self):
@@ -191,13 +185,14 @@ class Author:
     def appear(self, slot):
         """Cast somebody or something new for a slot."""
         role = role_of(slot)
-        if role in ("hero", "friend", "child"):
+        if role in PEOPLE:
             child = self.choose(("boy", "girl"), "cast")
-            name, kind = self.pick(LISTS[child]), Word(child)
+            name, kind, surname = self.pick(LISTS[child]), Word(child), ""
             if role != "child" and self.choose((True, False), "cast"):
                 kind = self.pick(LISTS["kind"])
-            word = Word(name, kind=kind, **PRONOUNS[child])
-        elif role in NAMES:
+                surname = f" the {kind}"
+            word = Word(name, kind=kind, surname=surname, **PRONOUNS[child])
+        elif role in ("thing", "fragile"):
             quality, colour = self.choose(LISTS["quality"], "cast"), self.pick(LISTS["colour"])
             word = Word(self.pick(LISTS[role]), quality=quality, colour=colour, article=article(quality).split()[0])
         else:  # every place has spots, helpers, and fun of its own
@@ -239,25 +234,22 @@ class Author:
                     self.appear(slot)
                 word = self.events[-1][1][slot] = self.cast[slot]
                 new |= {slot: word} if anew else {}
-                if form == "full" and getattr(word, "kind", "") in PRONOUNS:  # "Tom", not "Tom the boy"
-                    form = ""
-                for text, piece, kind, kind_form in spell(role_of(slot), form):
-                    self.draft += text
-                    if kind:
-                        self.write(slot, kind, kind_form, word.form(piece))
-                    elif piece:  # an article or a pronoun
-                        self.draft += word.form(piece)
+                if kind := kind_of(slot, form):
+                    self.write(slot, kind, form)
+                else:
+                    self.draft += word.form(form)
 
-    def write(self, slot, kind, form, word):
+    def write(self, slot, kind, form):
         """Write a word, and record it if the story so far decides it."""
-        start, subject, said = len(self.draft), self.cast[slot], self.said[kind]
+        subject, start, said = self.cast[slot], len(self.draft), self.said[kind]
+        word, form = (subject.form(form), "") if kind == form else (subject, form)
         self.draft += word.form(form)
+        end, asked = len(self.draft), slot in self.asked
         open_choice = len({cast.get(slot) for cast in self.alternatives}) > 1  # which one comes next shows here
         if (subject, kind) in self.introduced and not open_choice:
-            asked = slot in self.asked
-            self.decided.append(Decided(start, len(self.draft), kind, form, len(said), said[word], asked))
+            self.decided.append(Decided(start, end, kind, form, len(said), said[word], asked))
         self.introduced.add((subject, kind))
-        said[word] = len(self.draft)
+        said[word] = end
         self.alternatives = [cast for cast in self.alternatives if cast.get(slot, subject) == subject]
 
     # Plots
