@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data.common import DATA, InputError, Parser, check_device, fast_bfloat16, load_data, load_tokenizer, run
-from data.judge import judge, mean_and_error, recall, summary
+from data.judge import judge, mean_and_error, recall
 from model import ABSORBS, ATTN, GPT, MLA, SIZES, GPTConfig, load_checkpoint
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
@@ -296,14 +296,14 @@ def judged(loaded, count, device):
     for path, (model, _) in (bar := tqdm(loaded.items(), leave=False)):
         bar.set_postfix_str(f"{path} tells {count} stories")
         told += sample(model.to(device), tokenizer, count)
-        found = recall(model, data, 300)
+        found, numbers = recall(model, data, 300)
         asked, bins = found["asked"], np.digitize(found["distance"], DISTANCES) - 1
         curve = []
         for i in range(len(DISTANCES)):
             here = asked & (bins == i)
             means = [mean_and_error(found[name][here])[0] for name in ("chance", "copying")]
             curve.append([int(here.sum()), *mean_and_error(found["p"][here], found["story"][here]), *means])
-        rows[path] = summary(found) | {"recall_curve": curve}
+        rows[path] = numbers | {"recall_curve": curve}
     for name, values in judge(told, data)[0].items():
         for path, of_one in zip(loaded, values.reshape(-1, count), strict=True):
             rows[path][name], rows[path][f"{name}_error"] = mean_and_error(of_one)

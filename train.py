@@ -40,7 +40,7 @@ from data.common import (
     run,
     wrap,
 )
-from data.judge import recall, summary
+from data.judge import recall
 from data.prepare import prepare
 from model import ATTN, FORMAT, GPT, SIZES, GPTConfig, load_checkpoint, tell
 from spectrum import snapshot
@@ -554,7 +554,7 @@ class Run:
         of_mha = config.n_layer * 2 * config.n_embd * torch.bfloat16.itemsize
         print(f"\nval loss {loss:.4f} nats per token on all {self.meta['val_stories']:,} validation stories")
         if floor:
-            found = summary(recall(model, (self.meta, self.train_tokens, self.val_tokens)))
+            found = recall(model, (self.meta, self.train_tokens, self.val_tokens))[1]
             lost, rest = found["lost"], loss - floor - found["lost"]
             print(f"excess   {loss - floor:.4f} over the {floor:.4f} that the stories hold; a perfect model has 0")
             print(f"         {lost:.4f} of it at words that the story decides (forgotten), {rest:.4f} elsewhere")

@@ -124,6 +124,22 @@ def load_data(folder):
     return meta, *splits
 
 
-def split_stories(tokens, end):
-    """A stream with the token `end` before, between and after its stories -> the stories, arrays without `end`."""
-    return [story[1:] for story in np.split(np.asarray(tokens), np.flatnonzero(tokens == end))[1:-1]]
+def read_txt(path):
+    """Yield the texts between <|endoftext|>, or between blank lines if there is none, without holding the file."""
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file")
+    with open(path, "rb") as file:
+        has_end = any(END.encode() in line for line in file)
+        file.seek(0)
+        lines = []
+        for number, line in enumerate(file, 1):
+            try:
+                line = line.decode("utf-8-sig").replace("\r\n", "\n")  # -sig removes a byte-order mark
+            except UnicodeDecodeError as error:
+                raise InputError(f"{path}: line {number} is not UTF-8 ({error.reason})") from error
+            *ended, rest = line.split(END) if has_end or line.strip() else ("", "")
+            for text in ended:
+                yield "".join([*lines, text]).strip()
+                lines = []
+            lines.append(rest)
+    yield "".join(lines).strip()

@@ -1,15 +1,13 @@
 """Read stories of the world back and score them as a strict reader would: python data/judge.py FILE --explain
 
-A story is matched against the tellings of world.txt, which also wrote it, and what it mentions is compared with what it
-said before. Three scores, in place of those that Mehta et al. 2025 asked GPT-4 for:
+A story is matched against the tellings of world.txt, and what it mentions is compared with what it said before:
 
     grammar       0 to 10: the share of words in sentences of the world, capitals and punctuation included
     consistency   0 to 10: the share of checkable statements that agree with what was told: somebody or something
                   mentioned again, a pronoun, a colour, a fact recalled. A story without statements has 0
-    copied        the longest run of words from one training story, as a share of the story: a copy has 100%. This is
-                  what can be said honestly about creativity
+    copied        0 to 1: the longest run of words from one training story, as a share of the story. A copy has 1
 
-Repeating oneself, or going on after the end, contradicts nothing.
+Mehta et al. 2025 asked GPT-4 for such scores; "copied" stands for its creativity. Repetition contradicts nothing.
 """
 
 import re
@@ -26,17 +24,13 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent.parent))  # where the package `data` is found
 
 from data import stories as world
-from data.common import DATA, END, InputError, Parser, load_data, load_tokenizer, run, split_stories
+from data.common import DATA, InputError, Parser, load_data, load_tokenizer, read_txt, run
 from data.stories import LISTS, PEOPLE, PRONOUNS, role_of, words_of
 
 CHANGING = {"friend", "thing", *map(role_of, re.findall(r"\{\+(\w+)", world.WORLD))}  # the others stay the same
 SENTENCE_END = re.compile(r'(?<=[.!?]) (?=["A-Z])|(?<=[.!?]") (?=["A-Z])')
 TEMPLATE_END = re.compile(r'(?<=[.!?]) (?=["A-Z{[])|(?<=\.") |(?<=[!?]") (?=["A-Z]|\{(?:hero|friend|child)\})')
-BEGINS = re.compile(r'(?:^|[.!?] |\." |(?<!, )")$')  # what stands before a sentence, a quoted one too
 CHILD = {str(name): child for child in PRONOUNS for name in LISTS[child]}
-
-# From templates to regular expressions --------------------------------------------------------------------------------
-
 
 # A slot in a telling. piece: what it says, "" is who or what; values: {what is written: its value}
 Mention = namedtuple("Mention", "slot piece group values")
@@ -47,25 +41,19 @@ class Telling:
 
     def __init__(self, event, facts, template):
         self.event, self.facts, self.mentions, self.anew = event, facts, [], set()
-        self.regex = re.compile(self.pattern(world.parse(template), "") + "(?= |$)")
+        self.regex = re.compile(self.pattern([world.parse(template)]) + "(?= |$)")
 
-    def pattern(self, parts, before):
-        out = ""
-        for part in parts:
-            if type(part) is str:
-                out += re.escape(part)
-            elif type(part) is list:
-                out += "(?:" + "|".join(self.pattern(option, before) for option in part) + ")"
-            else:
-                out += self.slot_pattern(*part, BEGINS.search(before))
-            before = part if type(part) is str else "x"
-        return out
+    def pattern(self, part):
+        if type(part) is str:
+            return re.escape(part)
+        if type(part) is tuple:
+            return self.slot_pattern(*part)
+        return "(?:" + "|".join("".join(map(self.pattern, option)) for option in part) + ")"
 
-    def slot_pattern(self, slot, form, anew, first):
-        """first: does a sentence begin here?"""
+    def slot_pattern(self, slot, form, anew):
         self.anew |= {slot} if anew else set()
         if form == "article":
-            return ("A" if first else "a") + "(?:n(?= [aeiou])|(?= [^aeiou]))"
+            return "[Aa](?:n(?= [aeiou])|(?= [^aeiou]))"
         if kind := world.kind_of(slot, form):
             piece, form = (form, "") if kind == form else ("", form)
             values = {str(word.form(form)): str(word) for word in words_of(kind)}
@@ -74,17 +62,17 @@ class Telling:
         else:  # a pronoun of a girl, of a boy, or of both
             piece, of = "child", {child: forms[form] for child, forms in PRONOUNS.items()}
             values = {word: {child for child in of if of[child] == word} for word in of.values()}
-        if first:
-            values = {word[0].upper() + word[1:]: value for word, value in values.items()}
+        values = {
+            world.capitalise(word): value for word, value in values.items()
+        } | values  # for where a sentence begins
         self.mentions.append(Mention(slot, piece, f"g{len(self.mentions)}", values))
         return f"(?P<{self.mentions[-1].group}>{'|'.join(map(re.escape, values))})"
 
     def introduces(self, slot):
         """Is somebody or something presented here, in more words than a later mention takes?"""
-        if role_of(slot) == "hero":
-            return self.event == "open"
-        shy = role_of(slot) in ("friend", "thing", "fragile")
-        return not shy or any(m.slot == slot and m.piece in ("kind", "quality") for m in self.mentions)
+        if role_of(slot) not in ("hero", "friend", "thing", "fragile"):
+            return True
+        return self.event == "open" or any(m.slot == slot and m.piece in ("kind", "quality") for m in self.mentions)
 
 
 @cache
@@ -94,9 +82,6 @@ def tellings():
     sentences = sorted({sentence for line in lines for sentence in TEMPLATE_END.split(line)})
     whole = [Telling(event, facts, line) for event, (facts, lines) in world.EVENTS.items() for line in lines]
     return whole, [Telling(None, [], sentence) for sentence in sentences]
-
-
-# Reading --------------------------------------------------------------------------------------------------------------
 
 
 # Something that can be checked, in words; told: the number of the passage that it agrees with or contradicts, or None
@@ -136,6 +121,7 @@ class Reader:
         """Read the passage that begins there -> its end."""
         for options in tellings():
             found = [(telling, match) for telling in options if (match := telling.regex.match(self.text, start))]
+            found = [(telling, match) for telling, match in found if world.capitalise(match[0]) == match[0]]
             if found:
                 end = max(match.end() for _, match in found)
                 self.tell([(telling, match) for telling, match in found if match.end() == end])
@@ -170,12 +156,8 @@ class Reader:
             if all(anew != known for anew, known in named if anew or telling.event is None):
                 break
         self.passages.append(Passage(match[0], True, telling.event))
-        for slot, piece, value in said:
-            if piece == "":
-                self.who(slot, value, telling)
-        for slot, piece, value in said:
-            if piece:
-                self.what(slot, piece, value)
+        for slot, piece, value in sorted(said, key=lambda mention: mention[1] != ""):  # first who, then what is said
+            self.what(slot, piece, value) if piece else self.who(slot, value, telling)
         for fact in telling.facts:
             self.recall_or_set(*fact)
         if telling.event is None:
@@ -234,9 +216,6 @@ class Reader:
             self.check(f"{subject}: {relation} {value}", (old == value) == (mode == "?"), told)
 
 
-# Scores ---------------------------------------------------------------------------------------------------------------
-
-
 def grammar(passages):
     """0 to 10: the share of words in sentences of the world."""
     words = [len(passage.text.split()) for passage in passages]
@@ -259,9 +238,10 @@ def copied(stories, train, end):
     run = text[places]
     for length in count(1):
         _, run = np.unique(run, return_inverse=True)
-        both = [np.bincount(run, owner[places] == 0, run.max(initial=0) + 1), np.bincount(run, owner[places] > 0)]
-        shared = (both[0][: len(both[1])] > 0) & (both[1] > 0)
-        run, places = run[shared[run]], places[shared[run]]
+        seen = np.zeros((2, run.max(initial=0) + 1), dtype=bool)  # in train, in a story
+        seen[np.minimum(owner[places], 1), run] = True
+        shared = seen.all(axis=0)[run]
+        run, places = run[shared], places[shared]
         if not len(places):
             return longest[1:-1] / np.maximum(1, [len(story) for story in stories])
         longest[owner[places]] = length
@@ -293,9 +273,6 @@ def mean_and_error(values, groups=None):
     return mean, float(np.sqrt(np.sum(sums**2) * number / (number - 1)) / len(values)) if number > 1 else None
 
 
-# Recall ---------------------------------------------------------------------------------------------------------------
-
-
 @cache
 def candidates(tokenizer, kind, form, space, capital):
     """The tokens of all words of a kind, as they are written at a place."""
@@ -304,26 +281,28 @@ def candidates(tokenizer, kind, form, space, capital):
 
 
 def recall(model, data, stories=None):
-    """How well a model recalls, in unseen stories, the words that the story so far decides.
+    """How well a model recalls, in unseen stories, the words that the story so far decides -> two dicts.
 
-    Returns a dict of arrays with a number for each of these words: story; distance, in tokens from its last mention; p,
-    the probability that the model gives to it among all words of its kind; chance, that of a guess among all of them;
-    copying, that of a guess among those that the story has used; asked, is a fact recalled that copying cannot answer?
-    And tokens, how many were scored. Stories longer than the context are left out."""
+    Arrays, a number a word: story; distance, in tokens from its last mention; p, the probability that the model gives
+    to it among all words of its kind; chance, that of a guess among all; copying, that of a guess among those that the
+    story has used; asked, is a fact recalled that copying cannot answer? Stories beyond the context are left out.
+    Numbers: recall (with recall_error), chance and copying, means over the words asked for; lost, the nats per token
+    that the model loses at decided words, where a perfect model loses none."""
     import torch  # here, because reading stories needs no torch
 
     meta, _, val = data
     tokenizer, device = load_tokenizer(meta["tokenizer"]), next(model.parameters()).device
     rows, scored = [], 0
-    for number, tokens in enumerate(split_stories(val, meta["end"])[:stories]):
+    unseen = np.split(val, np.flatnonzero(val == meta["end"]))[1:-1]  # each with its <|endoftext|> in front
+    for number, tokens in enumerate(unseen[:stories]):
         story = world.Author(meta["seed"], meta["stories"] - meta["val_stories"] + number)
         written, places = world.locate(story, tokenizer)
-        if written != tokens.tolist():
+        if written != tokens[1:].tolist():
             raise InputError("the validation stories are of another version of the world; make data/stories again")
-        if len(tokens) >= model.config.block_size:
+        if len(tokens) > model.config.block_size:
             continue
-        scored += len(tokens) + 1
-        idx = torch.tensor([[meta["end"], *written]], device=device)
+        scored += len(tokens)
+        idx = torch.tensor(tokens.astype(np.int64), device=device)[None]
         with torch.no_grad():
             logits = model(idx, idx)[0][0].double().cpu()
         for word, (place, distance) in zip(story.decided, places, strict=True):
@@ -335,24 +314,13 @@ def recall(model, data, stories=None):
                 left = [tokens for tokens in left if tokens[i : i + 1] == [written[place + i]]]
                 i += 1
             rows.append((number, distance, p, 1 / len(every), 1 / word.said, word.asked and word.said > 1))
-    columns = zip(
-        ("story", "distance", "p", "chance", "copying", "asked"), np.array(rows).reshape(-1, 6).T, strict=True
-    )
-    found = dict(columns)
-    return found | {"asked": found["asked"].astype(bool), "tokens": scored}
-
-
-def summary(found):
-    """What recall() found: recall (with its standard error), chance and copying, means over the words asked for; and
-    lost, the nats per token that the model loses at decided words, where a perfect model loses none."""
-    asked = found["asked"]
+    columns = np.array(rows).reshape(-1, 6).T
+    found = dict(zip(("story", "distance", "p", "chance", "copying", "asked"), columns, strict=True))
+    found["asked"] = asked = found["asked"].astype(bool)
     mean, error = mean_and_error(found["p"][asked], found["story"][asked])
-    baselines = {name: mean_and_error(found[name][asked])[0] for name in ("chance", "copying")}
-    lost = -np.log(np.maximum(found["p"], 1e-300)).sum() / max(1, found["tokens"])
-    return {"recall": mean, "recall_error": error, **baselines, "lost": float(lost)}
-
-
-# The command ----------------------------------------------------------------------------------------------------------
+    told = {name: mean_and_error(found[name][asked])[0] for name in ("chance", "copying")}
+    lost = -np.log(np.maximum(found["p"], 1e-300)).sum() / max(1, scored)
+    return found, told | {"recall": mean, "recall_error": error, "lost": float(lost)}
 
 
 def explain(passages):
@@ -370,25 +338,17 @@ def main():
     parser = Parser(description="Score stories: grammar, consistency, and how much is copied.")
     parser.add_argument("file", type=Path, help="stories with <|endoftext|> or blank lines between them")
     parser.add_argument("--explain", action="store_true", help="say what is wrong with each story")
-    text = "what they must not be copied from (default: data/stories)"
-    parser.add_argument("--data", type=Path, default=DATA / "stories", help=text)
+    parser.add_argument("--data", type=Path, default=DATA / "stories", help="what may have been copied (%(default)s)")
     args = parser.parse_args()
-    try:
-        text = args.file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{args.file}: cannot be read as text: {error}") from error
-    text = re.sub(r"(?m)^\([\d.]+ nats\)$", "", text)  # behind a story of stories.py tell
-    texts = [text for text in (text.split(END) if END in text else re.split(r"\n\s*\n", text)) if text.strip()]
-    if not texts:
-        raise InputError(f"{args.file}: no stories to judge: the text is empty")
+    texts = [re.sub(r"(?m)^\([\d.]+ nats\)$", "", text).strip() for text in read_txt(args.file)]  # of stories.py tell
+    if not (texts := [text for text in texts if text]):
+        raise InputError(f"{args.file}: is empty: no stories to judge")
     scores, readings = judge(texts, load_data(args.data))
-    styles = {"grammar": "{:.2f}", "consistency": "{:.2f}", "copied": "{:.1%}"}
     for i, passages in enumerate(readings if args.explain else ()):
-        print(f"story {i + 1}: " + ", ".join(f"{name} {styles[name].format(v[i])}" for name, v in scores.items()))
+        print(f"story {i + 1}: " + ", ".join(f"{name} {values[i]:.2f}" for name, values in scores.items()))
         print("".join(f"    {line}\n" for line in explain(passages)), end="")
     for name, values in scores.items():
-        numbers = [styles[name].format(number) for number in mean_and_error(values) if number is not None]
-        print(f"{name:<12}{' ± '.join(numbers)}")
+        print(f"{name:<12}" + " ± ".join(f"{number:.2f}" for number in mean_and_error(values) if number is not None))
 
 
 if __name__ == "__main__":

@@ -22,31 +22,12 @@ from tqdm import tqdm
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent.parent))  # where the package `data` is found
 
-from data.common import DATA, END, VOCABULARY, InputError, Parser, load_data, load_tokenizer, run
+from data.common import DATA, VOCABULARY, InputError, Parser, load_data, load_tokenizer, read_txt, run
 
 TINYSTORIES = "roneneldan/TinyStories"  # on Hugging Face (Eldan and Li 2023); or a folder with a copy
 
 
-def read_txt(path):
-    """Yield the texts between <|endoftext|>, or between blank lines if there is none, without holding the file."""
-    with open(path, "rb") as file:
-        has_end = any(END.encode() in line for line in file)
-        file.seek(0)
-        lines = []
-        for number, line in enumerate(file, 1):
-            try:
-                line = line.decode("utf-8-sig").replace("\r\n", "\n")  # -sig removes a byte-order mark
-            except UnicodeDecodeError as error:
-                raise InputError(f"{path}: line {number} is not UTF-8 ({error.reason})") from error
-            *ended, rest = line.split(END) if has_end or line.strip() else ("", "")
-            for text in ended:
-                yield "".join([*lines, text])
-                lines = []
-            lines.append(rest)
-    yield "".join(lines)
-
-
-def read_rows(source, split, cache):
+def read_rows(source, split):
     """Yield the column `text` of TinyStories, a .jsonl or a .parquet, read as a stream by Hugging Face datasets."""
     try:
         import datasets
@@ -54,7 +35,7 @@ def read_rows(source, split, cache):
         raise InputError(f"{source}: needs Hugging Face datasets ({error}); pip install datasets") from error
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are reported below
     kind = "json" if source.endswith(".jsonl") else "parquet"
-    file = dict(path=kind, data_files=glob.escape(source), cache_dir=cache)  # the cache gets no more than a lock
+    file = dict(path=kind, data_files=glob.escape(source))
     dataset = dict(path=TINYSTORIES) if source == "tinystories" else file
     try:
         for number, row in enumerate(datasets.load_dataset(**dataset, split=split, streaming=True), 1):
@@ -66,14 +47,14 @@ def read_rows(source, split, cache):
         raise blame(f"{source}: cannot be read: {str(error) or type(error).__name__}") from error
 
 
-def read_stories(source, split="train", cache=None):
-    """Iterate over the stories of TinyStories or a file. Of a file with a single one: all but its last twentieth, and that."""
-    texts = read_txt(source) if source.endswith(".txt") else read_rows(source, split, cache)
+def read_stories(source, split="train"):
+    """Iterate over the stories of TinyStories or a file. If there is only one, its last twentieth becomes a second."""
+    texts = read_txt(source) if source.endswith(".txt") else read_rows(source, split)
     texts = filter(None, map(str.strip, texts))
     first, second = next(texts, ""), next(texts, "")
     if not second:
-        place = max(first.rfind(space, 0, len(first) - len(first) // 20) for space in " \n")
-        first, second = first[: max(0, place)], first[max(0, place) :]
+        cut = max(0, *(first.rfind(space, 0, len(first) - len(first) // 20) for space in " \n"))
+        first, second = first[:cut], first[cut:]
     return chain([first, second], texts)
 
 
@@ -90,13 +71,13 @@ def start_worker():
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends its workers
 
 
-def tokenize(source, stories, official, seed, encoding, cache):
+def tokenize(source, stories, official, seed, encoding):
     """Yield (tokens, nats) of each story, those for validation last; nats is None if nobody knows."""
     if source == "stories":
         with Pool(initializer=start_worker) as pool:
             yield from pool.imap(partial(write_story, seed, encoding), range(stories), chunksize=500)
         return
-    texts = islice(read_stories(source, "train", cache), stories)
+    texts = islice(read_stories(source), stories)
     if source == "tinystories":  # which has a split for validation
         texts = chain(texts, islice(read_stories(source, "validation"), official))
     while batch := list(islice(texts, 256)):
@@ -140,17 +121,17 @@ def prepare(source="stories", stories=None, tokenizer=None, seed=0, root=DATA):
     elif is_file:
         with open(path, "rb") as file:
             meta["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
-    folder, end = Path(root) / path.stem, encoding.eot_token
+    folder = Path(root) / path.stem
     if is_ready(folder, meta):
         print(f"{os.path.relpath(folder)} is ready")
         return folder
     with tempfile.TemporaryDirectory(prefix=f".{path.stem}-", dir=root) as temporary:
-        scratch, lengths, nats = Path(temporary) / "data", [], []
+        scratch, end, lengths, nats = Path(temporary) / "data", encoding.eot_token, [], []
         scratch.mkdir()
         official = max(1, min(1000, (stories or 0) // 20))
         with open(scratch / "train.bin", "wb") as file:
             file.write(np.uint16(end).tobytes())
-            documents = tokenize(source, stories, official, seed, encoding, temporary)
+            documents = tokenize(source, stories, official, seed, encoding)
             for tokens, information in tqdm(documents, total=stories, unit=" stories", mininterval=1):
                 file.write(np.array([*tokens, end], dtype=np.uint16).tobytes())
                 lengths.append(len(tokens) + 1)
@@ -160,9 +141,7 @@ def prepare(source="stories", stories=None, tokenizer=None, seed=0, root=DATA):
         if train_stories < 1 or min(lengths) < 2:
             raise InputError(f"{source}: too short: nothing to train on")
         train_tokens, val_tokens = sum(lengths[:train_stories]), sum(lengths[train_stories:])
-        val = np.fromfile(
-            scratch / "train.bin", np.uint16, offset=2 * train_tokens
-        )  # begins with the last <|endoftext|>
+        val = np.fromfile(scratch / "train.bin", np.uint16, offset=2 * train_tokens)  # from the last <|endoftext|> on
         val.tofile(scratch / "val.bin")
         os.truncate(scratch / "train.bin", 2 * train_tokens + 2)
         val_nats = nats[train_stories:] if source == "stories" else None

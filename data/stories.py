@@ -21,21 +21,12 @@ import sys
 from bisect import bisect_left
 from collections import Counter, defaultdict, namedtuple
 from functools import cache
+from itertools import product
 from pathlib import Path
 from random import Random
 
 WORLD = re.sub(r"\n +", " ", (Path(__file__).parent / "world.txt").read_text(encoding="utf-8"))  # join indented lines
-SHORT = {  # forms that stand for several slots: {friend.named} is "Tom the fox", {thing.a} "a lovely red drum"
-    "named": "{X}{X.surname}",
-    "full": "{X.quality} {X.colour} {X}",
-    "a": "{X.article} {X.quality} {X.colour} {X}",
-    "the": "the {X.colour} {X}",
-}
-WORLD = re.sub(
-    r"\{(\+?)((?:friend|thing|fragile)\d?)\.(named|full|a|the)\}",
-    lambda m: SHORT[m[3]].replace("X", m[2]).replace("{", "{" + m[1], 1),
-    WORLD,
-)
+WORLD = re.sub(r"\{(\+?)((?:thing|fragile)\d?)\.a\}", r"{\1\2.article} {\2.quality} {\2.colour} {\2}", WORLD)
 
 
 def capitalise(text):
@@ -69,25 +60,12 @@ def entry(item):
 
 @cache
 def parse(template):
-    """A way to tell an event -> nested parts: str, (slot, form, anew), or [alternatives], each a list of parts."""
-
-    def sequence():
-        parts = []
-        while tokens and tokens[-1] not in "]|":
-            token = tokens.pop()
-            if token == "[":
-                parts.append([sequence()])
-                while tokens.pop() == "|":
-                    parts[-1].append(sequence())
-            elif token[0] == "{":
-                slot, _, form = token.strip("{+}").partition(".")
-                parts.append((slot, form, token[1] == "+"))
-            else:
-                parts.append(token)
-        return parts
-
-    tokens = re.findall(r"\{\+?[\w.]+\}|[\[\]|]|[^{}\[\]|]+", template)[::-1]
-    return sequence()
+    """A way to tell an event -> its parts: str, (slot, form, anew), or [alternatives], each a list of parts."""
+    tokens = re.findall(r"\[(.*?)\]|\{(\+?)(\w+)\.?(\w*)\}|([^\[{]+)", template)
+    return [
+        [parse(option) for option in options.split("|")] if options else text or (slot, form, anew == "+")
+        for options, anew, slot, form, text in tokens
+    ]
 
 
 LISTS = {
@@ -99,8 +77,7 @@ LISTS["place"] = [  # "spot in the park" makes "the park" a place, at which one 
 ]
 LISTS["home"] = [
     Word(f"{home} {where}", a=f"{article(home)} {where}", the=f"the {home} {where}")
-    for home in LISTS["home"]
-    for where in LISTS["where"]
+    for home, where in product(LISTS["home"], LISTS["where"])
 ]
 PLANS = dict(re.findall(r"^> (\w+): (.*)", WORLD, re.M))  # plots, and parts of plots
 EVENTS = {
@@ -148,10 +125,8 @@ Decided = namedtuple("Decided", "start end kind form said since asked")
 
 
 class Author:
-    """Writes one story.
-
-    text; spent, its information content in nats by what was chosen; decided, the words that take memory; events, a list
-    of (name, {slot: word})."""
+    """Writes one story: its text; nats, its information content, and spent, the same by what was chosen; decided, the
+    words that take memory; events, a list of (name, {slot: word})."""
 
     def __init__(self, seed, index):
         self.random = Random(f"{seed} {index}").random
@@ -163,11 +138,7 @@ class Author:
         self.said = defaultdict(dict)  # {kind: {word: the end of its last mention}}
         self.told, self.alternatives = [], []  # casts of a repeated event; those that the sentence so far leaves open
         self.write_story()
-        self.text = capitalise(self.draft).replace("\n", " ")
-
-    @property
-    def nats(self):
-        return math.fsum(self.spent.values())
+        self.text, self.nats = capitalise(self.draft).replace("\n", " "), sum(self.spent.values())
 
     # Choices
 
@@ -255,7 +226,6 @@ class Author:
     # Plots
 
     def write_story(self):
-        self.plot = ""
         self.say("open")
         self.play("trait|hobby?")
         self.plot = self.choose(PLOTS)
@@ -288,9 +258,6 @@ class Author:
                 self.say(step) if step in EVENTS else self.play(PLANS[step])
 
 
-# What recall is worth -------------------------------------------------------------------------------------------------
-
-
 def locate(story, tokenizer):
     """-> a story's tokens, and for each decided word its first token's place and its distance from the last mention."""
     tokens = tokenizer.encode_ordinary(story.text)
@@ -299,11 +266,11 @@ def locate(story, tokenizer):
     return tokens, [(at, at - bisect_left(starts, w.since)) for at, w in zip(places, story.decided, strict=True)]
 
 
-def worth(count, tokenizer, far=128):
+def worth(seed, count, tokenizer, far=128):
     """What the floor of so many stories is made of, and what recall is worth, as lines of text: nats per token."""
     spent, worths, lengths = Counter(), Counter(), []
     for index in range(count):
-        story = Author(0, index)
+        story = Author(seed, index)
         tokens, places = locate(story, tokenizer)
         lengths.append(len(tokens) + 1)  # with <|endoftext|>
         spent.update(story.spent)
@@ -311,36 +278,37 @@ def worth(count, tokenizer, far=128):
             nats = math.log(len(words_of(word.kind)))
             worths.update(all=nats, apart=math.log(word.said), far=nats * (distance >= far))
     total = sum(lengths)
-    floor, parts = sum(spent.values()) / total, ", ".join(f"{what} {nats / total:.4f}" for what, nats in spent.items())
+    floor, recall, apart, distant = (x / total for x in (spent.total(), worths["all"], worths["apart"], worths["far"]))
     yield f"{count:,} stories of {total / count:.1f} tokens on average, {max(lengths)} at most"
-    yield f"{floor:.4f} nats per token is the floor: {parts}"
-    yield f"{floor + worths['all'] / total:.4f} for a model that knows the world and recalls nothing"
-    yield f"{floor + worths['apart'] / total:.4f} for one that copies any word of the kind that the story has used"
-    yield f"{worths['apart'] / total:.4f} is what keeping such words apart is worth"
-    yield f"{worths['far'] / total:.4f} is what recalling words last said {far} or more tokens before is worth"
+    yield f"{floor:.4f} nats per token is the floor: " + ", ".join(f"{k} {v / total:.4f}" for k, v in spent.items())
+    yield f"{floor + recall:.4f} for a model that knows the world and recalls nothing"
+    yield f"{floor + apart:.4f} for one that copies any word of the kind that the story has used"
+    yield f"{apart:.4f} is what keeping such words apart is worth"
+    yield f"{distant:.4f} is what recalling words last said {far} or more tokens before is worth"
 
 
 def main():
     from data.common import PATTERN, VOCABULARY, InputError, Parser, load_tokenizer, wrap
 
     example = "example: python data/stories.py tell 5 --seed=3"
-    parser = Parser(description="Tell stories of the story world, measure it, or make its vocabulary.", epilog=example)
-    commands = parser.add_subparsers(dest="command", required=True)
-    tell = commands.add_parser("tell", help="print stories, and the information content of each")
-    tell.add_argument("count", nargs="?", type=int, default=1, help="how many (default: 1)")
-    tell.add_argument("--seed", type=int, default=0, help="seed of the corpus (default: 0)")
-    floor = commands.add_parser("floor", help="what the floor is made of, and what recall is worth")
-    floor.add_argument("count", nargs="?", type=int, default=1000, help="stories to measure (default: 1000)")
-    commands.add_parser("vocabulary", help=f"write {VOCABULARY.name}: the bytes, and the words of 20,000 stories")
+    parser = Parser(description="Tell stories of the world, measure it, or make its vocabulary.", epilog=example)
+    text = (
+        f"what the floor of stories is made of; or write {VOCABULARY.name}: the bytes, and the words of 20,000 stories"
+    )
+    parser.add_argument(
+        "command", choices=("tell", "floor", "vocabulary"), help=f"print stories and their nats; {text}"
+    )
+    parser.add_argument("count", nargs="?", type=int, default=1, help="stories to tell or measure (default: 1)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the corpus (default: 0)")
     args = parser.parse_args()
+    if args.count < 1:
+        raise InputError(f"{args.count} stories: must be at least 1")
     if args.command == "tell":
         for index in range(args.count):
             story = Author(args.seed, index)
             print(f"{wrap(story.text)}\n({story.nats:.1f} nats)\n")
     elif args.command == "floor":
-        if args.count < 1:
-            raise InputError(f"{args.count} stories: must be at least 1")
-        print(*worth(args.count, load_tokenizer("stories")), sep="\n")
+        print(*worth(args.seed, args.count, load_tokenizer("stories")), sep="\n")
     else:
         stories = (Author("vocabulary", index).text for index in range(20_000))
         words = Counter(piece.encode() for text in stories for piece in re.findall(PATTERN, text))

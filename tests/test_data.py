@@ -189,7 +189,7 @@ def test_decided_words_were_told_before(seed):
 
 def test_recall_is_worth_something_and_stories_keep_to_their_length():
     """What a study of caches needs, and what a context of 320 tokens holds."""
-    said = "\n".join(stories.worth(1000, TOKENIZER))
+    said = "\n".join(stories.worth(0, 1000, TOKENIZER))
     mean, longest = map(int, re.search(r"of (\d+)\.\d tokens on average, (\d+) at most", said).groups())
     apart = float(re.search(r"^([\d.]+) is what keeping", said, re.M)[1])
     far = float(re.search(r"^([\d.]+) is what recalling", said, re.M)[1])
