@@ -445,6 +445,23 @@ class Run:
         nats = np.cumsum([0.0, *self.meta["val_nats"]])  # up to each end of a story
         return total / count, float(np.interp(count, self.story_ends, nats)) / count
 
+    def report_recall(self, model, stories=300):
+        """How much of the excess is forgetting, and the words that are recalled, on some of the validation stories."""
+        try:
+            found = recall(model.eval(), (self.meta, self.train_tokens, self.val_tokens), stories)[1]
+        except InputError as error:  # the stories are of an older world
+            print(f"recall   is not known: {error}")
+            return
+        if found["recall"] is None:
+            print("recall   is not known: no story fits into the context")
+            return
+        lost, rest = found["lost"], found["excess"] - found["lost"]
+        print(f"         in {stories} stories {lost:.4f} is lost at words that the story decides, {rest:.4f} elsewhere")
+        told = (
+            "{recall:.1%} where a story asks for something; guessing has {chance:.1%}, copying such words {copying:.1%}"
+        )
+        print(f"recall   {told.format(**found)}")
+
     def bits_per_byte(self, val_loss):
         """Validation loss in a unit that does not depend on the tokenizer."""
         return val_loss * self.meta["val_tokens"] / self.meta["val_bytes"] / math.log(2)
@@ -554,13 +571,8 @@ class Run:
         of_mha = config.n_layer * 2 * config.n_embd * torch.bfloat16.itemsize
         print(f"\nval loss {loss:.4f} nats per token on all {self.meta['val_stories']:,} validation stories")
         if floor:
-            found = recall(model, (self.meta, self.train_tokens, self.val_tokens))[1]
-            lost, rest = found["lost"], loss - floor - found["lost"]
             print(f"excess   {loss - floor:.4f} over the {floor:.4f} that the stories hold; a perfect model has 0")
-            print(f"         {lost:.4f} of it at words that the story decides (forgotten), {rest:.4f} elsewhere")
-            if found["recall"]:
-                told = "{recall:.1%} of what a story asks for; chance {chance:.1%}, copying any such word {copying:.1%}"
-                print(f"recall   {told.format(**found)}")
+            self.report_recall(model)
         else:
             print(f"         {self.bits_per_byte(loss):.4f} bits per byte of text")
         change = cached / of_mha - 1

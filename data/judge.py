@@ -231,19 +231,21 @@ def consistency(passages):
 def copied(stories, train, end):
     """The longest run of each story, an array of tokens, that also stands in a story of train, as a share of the story.
 
-    Equal runs get equal numbers. Those that stand in train and in a story grow by one token, again and again."""
-    text = np.concatenate([train, *(np.append(story, end) for story in stories), [end]]).astype(np.int64)
-    owner = np.repeat(np.arange(len(stories) + 2), [len(train), *(len(story) + 1 for story in stories), 1])
-    longest, places = np.zeros(len(stories) + 2), np.flatnonzero(text != end)
+    Runs of the stories are numbered. Those that stand in train, too, grow by one token, again and again."""
+    text = np.concatenate([train, *(np.append(story, end) for story in stories)]).astype(np.int64)
+    owner = np.repeat(np.arange(len(stories) + 1), [len(train), *(len(story) + 1 for story in stories)])
+    longest, places = np.zeros(len(stories) + 1), np.flatnonzero(text != end)
     run = text[places]
     for length in count(1):
-        _, run = np.unique(run, return_inverse=True)
-        seen = np.zeros((2, run.max(initial=0) + 1), dtype=bool)  # in train, in a story
-        seen[np.minimum(owner[places], 1), run] = True
-        shared = seen.all(axis=0)[run]
-        run, places = run[shared], places[shared]
-        if not len(places):
-            return longest[1:-1] / np.maximum(1, [len(story) for story in stories])
+        told = np.unique(run[owner[places] > 0])
+        if not len(told):
+            return longest[1:] / np.maximum(1, [len(story) for story in stories])
+        run, found = np.searchsorted(told[:-1], run), run  # the number of each run, if it is among those told
+        found = told[run] == found
+        in_train = np.zeros(len(told), dtype=bool)
+        in_train[run[found & (owner[places] == 0)]] = True
+        found &= in_train[run]
+        run, places = run[found], places[found]
         longest[owner[places]] = length
         more = text[places + length] != end
         run, places = run[more] * 2**16 + text[places[more] + length], places[more]
@@ -273,26 +275,25 @@ def mean_and_error(values, groups=None):
     return mean, float(np.sqrt(np.sum(sums**2) * number / (number - 1)) / len(values)) if number > 1 else None
 
 
-@cache
-def candidates(tokenizer, kind, form, space, capital):
-    """The tokens of all words of a kind, as they are written at a place."""
-    words = [word.form(form) for word in words_of(kind)]
-    return [tokenizer.encode_ordinary(" " * space + (w[0].upper() + w[1:] if capital else w)) for w in words]
-
-
 def recall(model, data, stories=None):
     """How well a model recalls, in unseen stories, the words that the story so far decides -> two dicts.
 
     Arrays, a number a word: story; distance, in tokens from its last mention; p, the probability that the model gives
     to it among all words of its kind; chance, that of a guess among all; copying, that of a guess among those that the
-    story has used; asked, is a fact recalled that copying cannot answer? Stories beyond the context are left out.
-    Numbers: recall (with recall_error), chance and copying, means over the words asked for; lost, the nats per token
-    that the model loses at decided words, where a perfect model loses none."""
+    story has used; asked, is a fact recalled that copying cannot answer?
+    Numbers: recall (with recall_error), chance and copying, means over the words asked for; in nats per token, over the
+    stories that fit into the context, excess and lost, the part of it at decided words (a perfect model loses none)."""
     import torch  # here, because reading stories needs no torch
 
     meta, _, val = data
     tokenizer, device = load_tokenizer(meta["tokenizer"]), next(model.parameters()).device
-    rows, scored = [], 0
+    rows, scored, excess = [], 0, 0.0
+
+    @cache
+    def candidates(kind, form, space, capital):
+        words = [word.form(form) for word in words_of(kind)]
+        return [tokenizer.encode_ordinary(" " * space + (w[0].upper() + w[1:] if capital else w)) for w in words]
+
     unseen = np.split(val, np.flatnonzero(val == meta["end"]))[1:-1]  # each with its <|endoftext|> in front
     for number, tokens in enumerate(unseen[:stories]):
         story = world.Author(meta["seed"], meta["stories"] - meta["val_stories"] + number)
@@ -301,13 +302,17 @@ def recall(model, data, stories=None):
             raise InputError("the validation stories are of another version of the world; make data/stories again")
         if len(tokens) > model.config.block_size:
             continue
-        scored += len(tokens)
-        idx = torch.tensor(tokens.astype(np.int64), device=device)[None]
+        idx = torch.tensor([*tokens.tolist(), meta["end"]], device=device)[None]
         with torch.no_grad():
-            logits = model(idx, idx)[0][0].double().cpu()
+            logits, loss = model(idx[:, :-1], idx[:, 1:])
+        scored, excess, logits = (
+            scored + len(tokens),
+            excess + loss.item() * len(tokens) - story.nats,
+            logits[0].double().cpu(),
+        )
         for word, (place, distance) in zip(story.decided, places, strict=True):
             before, capital = story.text[word.start - 1], story.text[word.start].isupper()
-            every = left = candidates(tokenizer, word.kind, word.form, before == " ", capital)
+            every = left = candidates(word.kind, word.form, before == " ", capital)
             p, i = 1.0, 0
             while nexts := sorted({tokens[i] for tokens in left if len(tokens) > i}):
                 p *= logits[place + i, nexts].softmax(0)[nexts.index(written[place + i])].item()
@@ -319,8 +324,9 @@ def recall(model, data, stories=None):
     found["asked"] = asked = found["asked"].astype(bool)
     mean, error = mean_and_error(found["p"][asked], found["story"][asked])
     told = {name: mean_and_error(found[name][asked])[0] for name in ("chance", "copying")}
-    lost = -np.log(np.maximum(found["p"], 1e-300)).sum() / max(1, scored)
-    return found, told | {"recall": mean, "recall_error": error, "lost": float(lost)}
+    lost = np.log(1 / np.maximum(found["p"], 1e-300)).sum()
+    told |= {"excess": excess / scored, "lost": lost / scored} if scored else {"excess": None, "lost": None}
+    return found, told | {"recall": mean, "recall_error": error}
 
 
 def explain(passages):

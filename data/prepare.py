@@ -6,13 +6,14 @@ Both .bin files are one stream of uint16 tokens: <|endoftext|>, a story, <|endof
 import glob
 import hashlib
 import json
+import logging
 import os
 import shutil
 import signal
 import sys
 import tempfile
 from functools import partial
-from itertools import chain, islice
+from itertools import chain, count, islice
 from multiprocessing import Pool
 from pathlib import Path
 
@@ -33,18 +34,23 @@ def read_rows(source, split):
         import datasets
     except ImportError as error:
         raise InputError(f"{source}: needs Hugging Face datasets ({error}); pip install datasets") from error
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are reported below
-    kind = "json" if source.endswith(".jsonl") else "parquet"
-    file = dict(path=kind, data_files=glob.escape(source))
-    dataset = dict(path=TINYSTORIES) if source == "tinystories" else file
-    try:
-        for number, row in enumerate(datasets.load_dataset(**dataset, split=split, streaming=True), 1):
-            if not isinstance(row.get("text"), str):
-                raise TypeError(f"row {number} has no string in a column `text`")
-            yield row["text"]
-    except Exception as error:  # of datasets, pyarrow or the HTTP client, which share no other class
-        blame = OSError if source == "tinystories" else InputError
-        raise blame(f"{source}: cannot be read: {str(error) or type(error).__name__}") from error
+    for name in ("datasets", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # errors are reported below
+    file = dict(path="json" if source.endswith(".jsonl") else "parquet", data_files=glob.escape(source))
+    dataset, rows, blame = (
+        (dict(path=TINYSTORIES), None, OSError) if source == "tinystories" else (file, None, InputError)
+    )
+    for number in count(1):
+        try:
+            rows = rows or iter(datasets.load_dataset(**dataset, split=split, streaming=True))
+            row = next(rows, None)
+        except Exception as error:  # of datasets, pyarrow or the HTTP client, which share no other class
+            raise blame(f"{source}: cannot be read from row {number}: {str(error) or type(error).__name__}") from error
+        if row is None:
+            return
+        if not isinstance(row.get("text"), str):
+            raise InputError(f"{source}: row {number} has no string in a column `text`")
+        yield row["text"]
 
 
 def read_stories(source, split="train"):
@@ -89,14 +95,17 @@ def is_ready(folder, meta):
     if others := {path.name for path in folder.glob("*")} - {"train.bin", "val.bin", "meta.json"}:
         raise InputError(f"{folder}: holds {min(others)}, which is no data set; move it elsewhere")
     try:
-        old = load_data(folder)[0]
-    except InputError:  # nothing there, or damaged
+        old = dict(json.loads((folder / "meta.json").read_text()))
+    except (OSError, ValueError):  # nothing there, or damaged
         return False
     if differ := [key for key in meta if old.get(key) != meta[key]]:
         what = ", ".join(f"{key}={old[key]}" for key in ("source", "stories", "tokenizer", "seed") if key in old)
         why = {"world": ", made by another version of the world", "sha256": ", made from another text"}
         raise InputError(f"{folder}: holds {what}{why.get(differ[-1], '')}; delete or rename that folder first")
-    return True
+    try:
+        return bool(load_data(folder))
+    except InputError:  # damaged
+        return False
 
 
 def prepare(source="stories", stories=None, tokenizer=None, seed=0, root=DATA):

@@ -275,15 +275,16 @@ def worth(seed, count, tokenizer, far=128):
         lengths.append(len(tokens) + 1)  # with <|endoftext|>
         spent.update(story.spent)
         for word, (_, distance) in zip(story.decided, places, strict=True):
-            nats = math.log(len(words_of(word.kind)))
-            worths.update(all=nats, apart=math.log(word.said), far=nats * (distance >= far))
+            nats, apart = math.log(len(words_of(word.kind))), math.log(word.said)
+            worths.update(all=nats, apart=apart, asked=apart * word.asked, far=nats * (distance >= far))
     total = sum(lengths)
-    floor, recall, apart, distant = (x / total for x in (spent.total(), worths["all"], worths["apart"], worths["far"]))
+    floor, recall, apart = (nats / total for nats in (spent.total(), worths["all"], worths["apart"]))
+    asked, distant = worths["asked"] / total, worths["far"] / total
     yield f"{count:,} stories of {total / count:.1f} tokens on average, {max(lengths)} at most"
     yield f"{floor:.4f} nats per token is the floor: " + ", ".join(f"{k} {v / total:.4f}" for k, v in spent.items())
-    yield f"{floor + recall:.4f} for a model that knows the world and recalls nothing"
+    yield f"{floor + recall:.4f} for a model that knows the world and recalls no decided word"
     yield f"{floor + apart:.4f} for one that copies any word of the kind that the story has used"
-    yield f"{apart:.4f} is what keeping such words apart is worth"
+    yield f"{apart:.4f} is what keeping such words apart is worth, {asked:.4f} of it where a fact is asked for"
     yield f"{distant:.4f} is what recalling words last said {far} or more tokens before is worth"
 
 
