@@ -19,11 +19,11 @@ MAX_VOCAB = 2**16  # tokens are stored as uint16
 
 
 class InputError(ValueError):
-    """The user gave something wrong. The message says what, and what to do about it."""
+    """Wrong user input. The message says what is wrong and how to mend it."""
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises InputError for a wrong command line, and does not complete flags that are only typed in part."""
+    """Raises InputError for a wrong command line, and allows no abbreviated flags."""
 
     def __init__(self, **options):
         super().__init__(allow_abbrev=False, **options)
@@ -33,12 +33,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(main):
-    """Run a script's main(). The user's errors end in one line and exit status 2, the machine's in one line and 1.
-
-    Everything else is a bug, and shows as a traceback."""
+    """Run a script's main(). Wrong input ends in one line and exit status 2, a failing machine in one line and 1.
+    Anything else is a bug, and shows as a traceback."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that temporary files are removed
     try:
-        return main()
+        main()
+        return sys.stdout.flush()  # here, so that a closed pipe is noticed in time
     except InputError as error:
         status, message = 2, str(error)
     except BrokenPipeError:  # as in `| head`
@@ -49,7 +49,7 @@ def run(main):
     except (MemoryError, RuntimeError) as error:
         out_of_memory = getattr(sys.modules.get("torch"), "OutOfMemoryError", MemoryError)
         if not isinstance(error, (MemoryError, out_of_memory)) and "DefaultCPUAllocator: " not in str(error):
-            raise  # (PyTorch has no class of its own for what its allocator on the CPU cannot have)
+            raise  # (when memory of the CPU runs out, PyTorch raises a plain RuntimeError)
         status, message = 1, f"not enough memory; choose a smaller size, batch or context ({str(error)[:150]})"
     except KeyboardInterrupt:
         status, message = 130, "interrupted"
@@ -92,8 +92,8 @@ def load_tokenizer(name):
         lines = map(str.split, VOCABULARY.read_text(encoding="ascii").splitlines())
         ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
         return tiktoken.Encoding(name, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={END: len(ranks)})
-    if name not in (names := tiktoken.list_encoding_names()):
-        raise InputError(f"tokenizer {name!r}: must be one of stories, {', '.join(names)}")
+    if name not in tiktoken.list_encoding_names():
+        raise InputError(f"tokenizer {name!r}: must be stories, gpt2, or another of tiktoken's")
     try:
         encoding = tiktoken.get_encoding(name)
     except OSError as error:
@@ -114,18 +114,20 @@ def load_data(folder):
         meta = json.loads((folder / "meta.json").read_text())
         splits = [np.memmap(folder / f"{name}.bin", dtype=np.uint16, mode="r") for name in ("train", "val")]
         for name, tokens in zip(("train", "val"), splits, strict=True):
-            ends = meta[f"{name}_tokens"] + 1, meta[f"{name}_stories"] + 1
-            if (len(tokens), np.count_nonzero(tokens == meta["end"])) != ends or tokens.max() >= meta["vocab_size"]:
+            expected = meta[f"{name}_tokens"] + 1, meta[f"{name}_stories"] + 1
+            if (len(tokens), np.count_nonzero(tokens == meta["end"])) != expected or tokens.max() >= meta["vocab_size"]:
                 raise ValueError(f"{name}.bin and meta.json do not fit together")
-        if meta["val_nats"] and len(meta["val_nats"]) != meta["val_stories"] or meta["val_bytes"] < 1:
+        if meta["val_bytes"] < 1 or (meta["val_nats"] and len(meta["val_nats"]) != meta["val_stories"]):
             raise ValueError("meta.json contradicts itself")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder}: damaged or of an older version ({error}); make it with data/prepare.py") from error
+        raise InputError(
+            f"{folder}: damaged or of an older version ({error}); make it again with data/prepare.py"
+        ) from error
     return meta, *splits
 
 
 def read_txt(path):
-    """Yield the texts between <|endoftext|>, or between blank lines if there is none, without holding the file."""
+    """Yield the texts between <|endoftext|>, or between blank lines if the file has none, without holding the file."""
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file")
     with open(path, "rb") as file:
@@ -137,7 +139,7 @@ def read_txt(path):
                 line = line.decode("utf-8-sig").replace("\r\n", "\n")  # -sig removes a byte-order mark
             except UnicodeDecodeError as error:
                 raise InputError(f"{path}: line {number} is not UTF-8 ({error.reason})") from error
-            *ended, rest = line.split(END) if has_end or line.strip() else ("", "")
+            *ended, rest = line.split(END) if has_end else [line] if line.strip() else ["", ""]  # a blank line ends one
             for text in ended:
                 yield "".join([*lines, text]).strip()
                 lines = []

@@ -7,7 +7,7 @@ A story is matched against the tellings of world.txt, and what it mentions is co
                   mentioned again, a pronoun, a colour, a fact recalled. A story without statements has 0
     copied        0 to 1: the longest run of words from one training story, as a share of the story. A copy has 1
 
-Mehta et al. 2025 asked GPT-4 for such scores; "copied" stands for its creativity. Repetition contradicts nothing.
+Mehta et al. 2025 asked GPT-4 for such scores; "copied" stands for its creativity. Repetition costs nothing.
 """
 
 import re
@@ -27,13 +27,13 @@ from data import stories as world
 from data.common import DATA, InputError, Parser, load_data, load_tokenizer, read_txt, run
 from data.stories import LISTS, PEOPLE, PRONOUNS, role_of, words_of
 
-CHANGING = {"friend", "thing", *map(role_of, re.findall(r"\{\+(\w+)", world.WORLD))}  # the others stay the same
+CHANGING = {"friend", "thing", *map(role_of, re.findall(r"\{\+(\w+)", world.WORLD))}  # roles that are filled again
 SENTENCE_END = re.compile(r'(?<=[.!?]) (?=["A-Z])|(?<=[.!?]") (?=["A-Z])')
 TEMPLATE_END = re.compile(r'(?<=[.!?]) (?=["A-Z{[])|(?<=\.") |(?<=[!?]") (?=["A-Z]|\{(?:hero|friend|child)\})')
 CHILD = {str(name): child for child in PRONOUNS for name in LISTS[child]}
 
-# A slot in a telling. piece: what it says, "" is who or what; values: {what is written: its value}
-Mention = namedtuple("Mention", "slot piece group values")
+# A slot in a telling. attribute: what it tells about the slot, "" for its name; values: {as written: value}
+Mention = namedtuple("Mention", "slot attribute group values")
 
 
 class Telling:
@@ -54,25 +54,23 @@ class Telling:
         self.anew |= {slot} if anew else set()
         if form == "article":
             return "[Aa](?:n(?= [aeiou])|(?= [^aeiou]))"
-        if kind := world.kind_of(slot, form):
-            piece, form = (form, "") if kind == form else ("", form)
-            values = {str(word.form(form)): str(word) for word in words_of(kind)}
+        if category := world.category_of(slot, form):
+            attribute, form = (form, "") if category == form else ("", form)
+            values = {str(word.form(form)): str(word) for word in words_of(category)}
         elif form == "surname":  # Tom the fox; or Tom alone, a child
-            piece, values = "kind", {f" the {kind}": str(kind) for kind in LISTS["kind"]} | {"": ""}
+            attribute, values = "kind", {f" the {kind}": str(kind) for kind in LISTS["kind"]} | {"": ""}
         else:  # a pronoun of a girl, of a boy, or of both
-            piece, of = "child", {child: forms[form] for child, forms in PRONOUNS.items()}
+            attribute, of = "child", {child: forms[form] for child, forms in PRONOUNS.items()}
             values = {word: {child for child in of if of[child] == word} for word in of.values()}
-        values = {
-            world.capitalise(word): value for word, value in values.items()
-        } | values  # for where a sentence begins
-        self.mentions.append(Mention(slot, piece, f"g{len(self.mentions)}", values))
+        values = {world.capitalise(word): value for word, value in values.items()} | values  # it may begin a sentence
+        self.mentions.append(Mention(slot, attribute, f"g{len(self.mentions)}", values))
         return f"(?P<{self.mentions[-1].group}>{'|'.join(map(re.escape, values))})"
 
     def introduces(self, slot):
-        """Is somebody or something presented here, in more words than a later mention takes?"""
+        """Can this be its first mention? Heroes, friends and things must come with a kind or quality."""
         if role_of(slot) not in ("hero", "friend", "thing", "fragile"):
             return True
-        return self.event == "open" or any(m.slot == slot and m.piece in ("kind", "quality") for m in self.mentions)
+        return self.event == "open" or any(m.slot == slot and m.attribute in ("kind", "quality") for m in self.mentions)
 
 
 @cache
@@ -84,8 +82,8 @@ def tellings():
     return whole, [Telling(None, [], sentence) for sentence in sentences]
 
 
-# Something that can be checked, in words; told: the number of the passage that it agrees with or contradicts, or None
-Statement = namedtuple("Statement", "says agrees told")
+# Something that can be checked, in words; source: the number of the passage that it agrees with or contradicts, or None
+Statement = namedtuple("Statement", "says agrees source")
 
 
 @dataclass
@@ -113,9 +111,9 @@ class Reader:
         self.state = {}  # {(subject, relation): (object, passage)}
         self.unread = set()  # words of what did not parse
         self.passages = []
-        place = 0
-        while place < len(self.text):
-            place = self.read(place) + 1
+        position = 0
+        while position < len(self.text):
+            position = self.read(position) + 1
 
     def read(self, start):
         """Read the passage that begins there -> its end."""
@@ -133,87 +131,88 @@ class Reader:
         return end
 
     def lose(self, text):
-        """This was not understood. It may have said anything about those who are in it."""
+        """Forget the state of everybody named in a passage that did not parse."""
         words = words_in(text)
         self.unread |= words
         self.state = {key: value for key, value in self.state.items() if not words_in(key[0]) <= words}
 
     def doubt(self, *words):
-        """May something that was not understood have told about them? (About "feed the ducks" as "fed the ducks".)"""
+        """Could an unread passage have mentioned them? Verbs do not count: it may have "fed the ducks"."""
         return any(words_in(word.partition(" ")[2] or word) <= self.unread for word in words)
 
-    def check(self, says, agrees, told=None):
-        self.passages[-1].statements.append(Statement(says, agrees, told))
+    def check(self, says, agrees, source=None):
+        self.passages[-1].statements.append(Statement(says, agrees, source))
 
     def known_as(self, slot):
         return self.known["person" if role_of(slot) in PEOPLE else role_of(slot)]
 
     def tell(self, found):
-        """Take in a telling. The same words may mention something new or known: the first that fits, or the last."""
+        """Take in a telling. If several match, the first whose new slots are new (of a lone sentence, others known)."""
         for telling, match in found:
-            said = [(m.slot, m.piece, m.values[match[m.group]]) for m in telling.mentions if match[m.group] is not None]
-            named = [(slot in telling.anew, who in self.known_as(slot)) for slot, piece, who in said if piece == ""]
+            filled = [(m, m.values[match[m.group]]) for m in telling.mentions if match[m.group] is not None]
+            named = [(m.slot in telling.anew, name in self.known_as(m.slot)) for m, name in filled if not m.attribute]
             if all(anew != known for anew, known in named if anew or telling.event is None):
                 break
         self.passages.append(Passage(match[0], True, telling.event))
-        for slot, piece, value in sorted(said, key=lambda mention: mention[1] != ""):  # first who, then what is said
-            self.what(slot, piece, value) if piece else self.who(slot, value, telling)
+        for m, value in sorted(filled, key=lambda mention: mention[0].attribute != ""):  # names first
+            self.describe(m.slot, m.attribute, value) if m.attribute else self.name(m.slot, value, telling)
         for fact in telling.facts:
             self.recall_or_set(*fact)
         if telling.event is None:
             self.lose(match[0])
 
-    def who(self, slot, who, telling):
+    def name(self, slot, name, telling):
         """Somebody or something is named. Is it known, and is it the one that it must be?"""
         known, here, now, role = self.known_as(slot), self.passages[-1].cast, len(self.passages) - 1, role_of(slot)
         place, anew = self.cast.get("place"), slot in telling.anew
         before = here.get(slot) or (None if role in CHANGING or anew else self.cast.get(slot))
-        here[slot] = who
-        if before not in (None, who):
-            self.check(f"{who}, not {before}", False, known[before]["since"][1] if before in known else now)
+        here[slot] = name
+        if before not in (None, name):
+            self.check(f"{name}, not {before}", False, known[before]["since"][1] if before in known else now)
             return  # it is still the other
-        if who in known and not anew:
-            self.check(who, role == "hero" or who != self.cast.get("hero"), known[who]["since"][1])
-        elif not telling.introduces(slot) and not self.doubt(who):
-            self.check(f"{who} was not in the story", False)
+        if name in known and not anew:
+            two = role != "hero" and name == self.cast.get("hero")
+            self.check(f"{name}: the hero" if two else name, not two, known[name]["since"][1])
+        elif not telling.introduces(slot) and not self.doubt(name):
+            self.check(f"{name} was not in the story", False)
         elif role in ("spot", "helper", "fun") and place:
             at = next(word.at for word in LISTS["place"] if word == place)
-            self.check(f"{who}: {at}", who in LISTS[f"{role} {at}"], self.known["place"][place]["since"][1])
-        known.setdefault(who, {"since": (None, now)})
-        self.cast[slot] = who
+            self.check(f"{name}: {at}", name in LISTS[f"{role} {at}"], self.known["place"][place]["since"][1])
+        known.setdefault(name, {"since": (None, now)})
+        self.cast[slot] = name
 
-    def what(self, slot, piece, value):
+    def describe(self, slot, attribute, value):
         """Something is said about somebody or something. Does it agree with what was said before?"""
         known, here = self.known_as(slot), self.passages[-1].cast
-        who = here.get(slot) or self.cast.get(slot)
-        if who is None and not self.unread:
+        name = here.get(slot) or self.cast.get(slot)
+        if name is None and not self.unread:
             self.check(f"{slot}: nobody is known", False)
-        if who is not None:
-            here[slot] = who
-        if who not in known:  # nobody, or the wrong one, which is a contradiction already
+        if name is not None:
+            here[slot] = name
+        if name not in known:  # nobody, or the wrong one, which is a contradiction already
             return
-        value = value or CHILD[who]  # Tom, not "Tom the fox"
-        if piece == "child" or value in PRONOUNS and piece not in known[who]:  # does the name agree?
-            agrees = CHILD[who] in value if piece == "child" else CHILD[who] == value
-            self.check(f"{who}: a {CHILD[who]}", agrees, known[who]["since"][1])
-        if piece in known[who]:
-            old, told = known[who][piece]
-            self.check(f"{who}: {piece} {value}", old == value, told)
-        elif piece != "child":
-            known[who][piece] = value, len(self.passages) - 1
+        value = value or CHILD[name]  # Tom, not "Tom the fox"
+        if attribute == "child" or value in PRONOUNS and attribute not in known[name]:  # does the name agree?
+            agrees = CHILD[name] in value if attribute == "child" else CHILD[name] == value
+            self.check(f"{name}: a {CHILD[name]}", agrees, known[name]["since"][1])
+        if attribute in known[name]:
+            old, source = known[name][attribute]
+            self.check(f"{name}: {attribute} {value}", old == value, source)
+        elif attribute != "child":
+            known[name][attribute] = value, len(self.passages) - 1
 
     def recall_or_set(self, slot, relation, value, mode):
         """As Author does, except that what is recalled is compared."""
-        subject, (of, _, piece) = self.cast.get(slot, slot), value.partition(".")
-        if piece:  # checked where it is mentioned
+        subject, (of, _, attribute) = self.cast.get(slot, slot), value.partition(".")
+        if attribute:  # checked where it is mentioned
             return
         value = self.cast.get(of, of)
         if mode not in "?!":
             self.state[subject, relation] = value, len(self.passages) - 1
             return
-        old, told = self.state.get((subject, relation), (None, None))
+        old, source = self.state.get((subject, relation), (None, None))
         if old is not None or not (mode == "!" or self.doubt(subject, value)):
-            self.check(f"{subject}: {relation} {value}", (old == value) == (mode == "?"), told)
+            self.check(f"{subject}: {relation} {value}", (old == value) == (mode == "?"), source)
 
 
 def grammar(passages):
@@ -231,24 +230,24 @@ def consistency(passages):
 def copied(stories, train, end):
     """The longest run of each story, an array of tokens, that also stands in a story of train, as a share of the story.
 
-    Runs of the stories are numbered. Those that stand in train, too, grow by one token, again and again."""
+    Runs of the stories are numbered. Those that stand in train, too, grow by one token until none is left."""
     text = np.concatenate([train, *(np.append(story, end) for story in stories)]).astype(np.int64)
     owner = np.repeat(np.arange(len(stories) + 1), [len(train), *(len(story) + 1 for story in stories)])
-    longest, places = np.zeros(len(stories) + 1), np.flatnonzero(text != end)
-    run = text[places]
+    longest, starts = np.zeros(len(stories) + 1), np.flatnonzero(text != end)
+    run = text[starts]
     for length in count(1):
-        told = np.unique(run[owner[places] > 0])
-        if not len(told):
+        runs = np.unique(run[owner[starts] > 0])  # of the stories
+        if not len(runs):
             return longest[1:] / np.maximum(1, [len(story) for story in stories])
-        run, found = np.searchsorted(told[:-1], run), run  # the number of each run, if it is among those told
-        found = told[run] == found
-        in_train = np.zeros(len(told), dtype=bool)
-        in_train[run[found & (owner[places] == 0)]] = True
-        found &= in_train[run]
-        run, places = run[found], places[found]
-        longest[owner[places]] = length
-        more = text[places + length] != end
-        run, places = run[more] * 2**16 + text[places[more] + length], places[more]
+        number = np.searchsorted(runs[:-1], run)
+        shared = runs[number] == run
+        in_train = np.zeros(len(runs), dtype=bool)
+        in_train[number[shared & (owner[starts] == 0)]] = True
+        shared &= in_train[number]
+        starts, number = starts[shared], number[shared]
+        longest[owner[starts]] = length
+        more = text[starts + length] != end
+        starts, run = starts[more], number[more] * 2**16 + text[starts[more] + length]
 
 
 def judge(texts, data):
@@ -257,16 +256,14 @@ def judge(texts, data):
     data: what load_data() gives for the stories that the author of the texts has read."""
     meta, train, _ = data
     encode = load_tokenizer(meta["tokenizer"]).encode_ordinary
+    tokens = [np.array(encode(" ".join(text.split()))) for text in texts]
     readings = [Reader(text).passages for text in texts]
-    return {
-        "grammar": np.array([grammar(passages) for passages in readings]),
-        "consistency": np.array([consistency(passages) for passages in readings]),
-        "copied": copied([np.array(encode(" ".join(text.split()))) for text in texts], train, meta["end"]),
-    }, readings
+    scores = {score.__name__: np.array([*map(score, readings)]) for score in (grammar, consistency)}
+    return scores | {"copied": copied(tokens, train, meta["end"])}, readings
 
 
 def mean_and_error(values, groups=None):
-    """The mean and its standard error, None where there is no telling; values of one group are not independent."""
+    """The mean and its standard error, None if undefined. Values of one group are not independent."""
     if len(values) == 0:
         return None, None
     groups = np.arange(len(values)) if groups is None else np.unique(groups, return_inverse=True)[1]
@@ -276,11 +273,11 @@ def mean_and_error(values, groups=None):
 
 
 def recall(model, data, stories=None):
-    """How well a model recalls, in unseen stories, the words that the story so far decides -> two dicts.
+    """How well a model recalls the words that a story so far decides, in unseen stories of the world -> two dicts.
 
     Arrays, a number a word: story; distance, in tokens from its last mention; p, the probability that the model gives
-    to it among all words of its kind; chance, that of a guess among all; copying, that of a guess among those that the
-    story has used; asked, is a fact recalled that copying cannot answer?
+    to it among all words of its category; chance, that of a guess among all; copying, that of a guess among those that
+    the story has used; asked, is a fact recalled that copying cannot answer?
     Numbers: recall (with recall_error), chance and copying, means over the words asked for; in nats per token, over the
     stories that fit into the context, excess and lost, the part of it at decided words (a perfect model loses none)."""
     import torch  # here, because reading stories needs no torch
@@ -290,43 +287,42 @@ def recall(model, data, stories=None):
     rows, scored, excess = [], 0, 0.0
 
     @cache
-    def candidates(kind, form, space, capital):
-        words = [word.form(form) for word in words_of(kind)]
+    def candidates(category, form, space, capital):
+        words = [word.form(form) for word in words_of(category)]
         return [tokenizer.encode_ordinary(" " * space + (w[0].upper() + w[1:] if capital else w)) for w in words]
 
     unseen = np.split(val, np.flatnonzero(val == meta["end"]))[1:-1]  # each with its <|endoftext|> in front
     for number, tokens in enumerate(unseen[:stories]):
         story = world.Author(meta["seed"], meta["stories"] - meta["val_stories"] + number)
-        written, places = world.locate(story, tokenizer)
+        written, positions = world.locate(story, tokenizer)
         if written != tokens[1:].tolist():
             raise InputError("the validation stories are of another version of the world; make data/stories again")
         if len(tokens) > model.config.block_size:
             continue
-        idx = torch.tensor([*tokens.tolist(), meta["end"]], device=device)[None]
+        idx = torch.tensor([[*tokens.tolist(), meta["end"]]], device=device)
         with torch.no_grad():
             logits, loss = model(idx[:, :-1], idx[:, 1:])
-        scored, excess, logits = (
-            scored + len(tokens),
-            excess + loss.item() * len(tokens) - story.nats,
-            logits[0].double().cpu(),
-        )
-        for word, (place, distance) in zip(story.decided, places, strict=True):
+        logits = logits[0].double().cpu()
+        scored += len(tokens)
+        excess += loss.item() * len(tokens) - story.nats
+        for word, (position, distance) in zip(story.decided, positions, strict=True):
             before, capital = story.text[word.start - 1], story.text[word.start].isupper()
-            every = left = candidates(word.kind, word.form, before == " ", capital)
+            every = left = candidates(word.category, word.form, before == " ", capital)
             p, i = 1.0, 0
-            while nexts := sorted({tokens[i] for tokens in left if len(tokens) > i}):
-                p *= logits[place + i, nexts].softmax(0)[nexts.index(written[place + i])].item()
-                left = [tokens for tokens in left if tokens[i : i + 1] == [written[place + i]]]
+            while nexts := sorted({option[i] for option in left if len(option) > i}):
+                token = written[position + i]
+                p *= logits[position + i, nexts].softmax(0)[nexts.index(token)].item()
+                left = [option for option in left if option[i : i + 1] == [token]]
                 i += 1
-            rows.append((number, distance, p, 1 / len(every), 1 / word.said, word.asked and word.said > 1))
+            rows.append((number, distance, p, 1 / len(every), 1 / word.used, word.asked and word.used > 1))
     columns = np.array(rows).reshape(-1, 6).T
     found = dict(zip(("story", "distance", "p", "chance", "copying", "asked"), columns, strict=True))
     found["asked"] = asked = found["asked"].astype(bool)
     mean, error = mean_and_error(found["p"][asked], found["story"][asked])
-    told = {name: mean_and_error(found[name][asked])[0] for name in ("chance", "copying")}
+    means = {name: mean_and_error(found[name][asked])[0] for name in ("chance", "copying")}
     lost = np.log(1 / np.maximum(found["p"], 1e-300)).sum()
-    told |= {"excess": excess / scored, "lost": lost / scored} if scored else {"excess": None, "lost": None}
-    return found, told | {"recall": mean, "recall_error": error}
+    means |= {"excess": excess / scored, "lost": lost / scored} if scored else {"excess": None, "lost": None}
+    return found, means | {"recall": mean, "recall_error": error}
 
 
 def explain(passages):
@@ -335,9 +331,8 @@ def explain(passages):
         wrong = [statement for statement in passage.statements if not statement.agrees]
         if wrong or not passage.parsed:
             yield ("contradiction: " if wrong else "no such sentence: ") + passage.text
-        for says, _, told in wrong:
-            other = told is not None and passages[told] is not passage
-            yield f"    {says}" + (f"; it was told: {passages[told].text}" if other else "")
+        for says, _, source in wrong:
+            yield f"    {says}" + (f"; it was told: {passages[source].text}" if source is not None else "")
 
 
 def main():

@@ -37,9 +37,8 @@ def read_rows(source, split):
     for name in ("datasets", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # errors are reported below
     file = dict(path="json" if source.endswith(".jsonl") else "parquet", data_files=glob.escape(source))
-    dataset, rows, blame = (
-        (dict(path=TINYSTORIES), None, OSError) if source == "tinystories" else (file, None, InputError)
-    )
+    dataset, blame = (dict(path=TINYSTORIES), OSError) if source == "tinystories" else (file, InputError)
+    rows = None
     for number in count(1):
         try:
             rows = rows or iter(datasets.load_dataset(**dataset, split=split, streaming=True))
@@ -66,19 +65,19 @@ def read_stories(source, split="train"):
 
 def write_story(seed, encoding, index):
     """-> the tokens of a story of the world, and its information content in nats."""
-    from data.stories import Author  # here, because it reads the whole world
+    from data.stories import Author  # here, because importing it parses world.txt
 
     story = Author(seed, index)
     return encoding.encode_ordinary(story.text), story.nats
 
 
 def start_worker():
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # how Pool ends its workers; run() has changed what it does
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Pool ends its workers by it, and run() has changed what it does
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends its workers
 
 
 def tokenize(source, stories, official, seed, encoding):
-    """Yield (tokens, nats) of each story, those for validation last; nats is None if nobody knows."""
+    """Yield (tokens, nats) of each story, those for validation last; nats is None for real text."""
     if source == "stories":
         with Pool(initializer=start_worker) as pool:
             yield from pool.imap(partial(write_story, seed, encoding), range(stories), chunksize=500)
@@ -92,14 +91,15 @@ def tokenize(source, stories, official, seed, encoding):
 
 def is_ready(folder, meta):
     """Does the folder hold this data set? Raises InputError if it holds anything else."""
-    if others := {path.name for path in folder.glob("*")} - {"train.bin", "val.bin", "meta.json"}:
+    if others := {path.name for path in folder.glob("[!.]*")} - {"train.bin", "val.bin", "meta.json"}:
         raise InputError(f"{folder}: holds {min(others)}, which is no data set; move it elsewhere")
     try:
-        old = dict(json.loads((folder / "meta.json").read_text()))
-    except (OSError, ValueError):  # nothing there, or damaged
+        old = json.loads((folder / "meta.json").read_text())
+        old["source"]
+    except (OSError, ValueError, LookupError, TypeError):  # nothing there, or damaged
         return False
     if differ := [key for key in meta if old.get(key) != meta[key]]:
-        what = ", ".join(f"{key}={old[key]}" for key in ("source", "stories", "tokenizer", "seed") if key in old)
+        what = ", ".join(f"{k}={old[k]}" for k in ("source", "stories", "tokenizer", "seed") if old.get(k) is not None)
         why = {"world": ", made by another version of the world", "sha256": ", made from another text"}
         raise InputError(f"{folder}: holds {what}{why.get(differ[-1], '')}; delete or rename that folder first")
     try:

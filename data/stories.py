@@ -6,10 +6,11 @@ of the text, -log P(text). Its mean per token is the floor: the loss in nats tha
 
 world.txt holds the words, plots and sentences, for writing here and for reading in judge.py:
     @name = word, word, ...     a list of words; verb:past object gives two forms ("feed:fed the ducks")
-    > plot: step step? a|b      steps: an event, or the name of other steps; `?` may be left out, `|` takes one of them
-            event*45 each:event     tell it 4 or 5 times, each with new ones; then recall each of them, in another order
+    > plot: step step? a|b      steps: events, or names of other steps; `a|b` takes one, a step with `?` may be left out
+            event*45 each:event     tell it 4 or 5 times, newly cast each time; then recall these casts in random order
     == event: FACT, FACT        an event, what it says about the state, and below it the ways to tell it, one a line
-    {slot} or {slot.form}       somebody or something in the story, cast at the first mention; {+slot} casts it anew
+    {slot} or {slot.form}       somebody or something in the story, cast at the first mention; {+slot} casts it anew;
+                                food2 is another food; {thing.a} is "a fine red drum"
     [this|that]                 one of them
 A fact is `subject relation object`. It sets the state; `...?` recalls it, so it must be true; `...!` must be false.
 """
@@ -25,12 +26,17 @@ from itertools import product
 from pathlib import Path
 from random import Random
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent.parent))  # where the package `data` is found
+
+from data.common import PATTERN, VOCABULARY, InputError, Parser, load_tokenizer, run, wrap
+
 WORLD = re.sub(r"\n +", " ", (Path(__file__).parent / "world.txt").read_text(encoding="utf-8"))  # join indented lines
 WORLD = re.sub(r"\{(\+?)((?:thing|fragile)\d?)\.a\}", r"{\1\2.article} {\2.quality} {\2.colour} {\2}", WORLD)
 
 
 def capitalise(text):
-    """Give sentences, quoted ones too, their capital letters."""
+    """Give sentences their capital letters: "Oh!" she said. She said, "only a sock"."""
     return re.sub(r'(^|\n|[.!?] |\." |(?<!, )")([a-z])', lambda m: m[1] + m[2].upper(), text)
 
 
@@ -68,10 +74,8 @@ def parse(template):
     ]
 
 
-LISTS = {
-    name: [entry(item) for item in re.split(r", +", items)]
-    for name, items in re.findall(r"^@(.+?) = (.*)", WORLD, re.M)
-}
+LISTS = dict(re.findall(r"^@(.+?) = (.*)", WORLD, re.M))
+LISTS = {name: [entry(item) for item in re.split(r", +", items)] for name, items in LISTS.items()}
 LISTS["place"] = [  # "spot in the park" makes "the park" a place, at which one is "in the park"
     Word("the " + name.split(" the ")[1], at=name.removeprefix("spot ")) for name in LISTS if name.startswith("spot ")
 ]
@@ -80,13 +84,10 @@ LISTS["home"] = [
     for home, where in product(LISTS["home"], LISTS["where"])
 ]
 PLANS = dict(re.findall(r"^> (\w+): (.*)", WORLD, re.M))  # plots, and parts of plots
-EVENTS = {
-    name: (
-        [(*fact.rstrip("?!").split(), fact[-1]) for fact in facts.split(",") if fact.strip()],
-        capitalise(body).splitlines(),
-    )
-    for name, facts, body in re.findall(r"^== (\w+):(.*)\n((?:[^=#\n].*\n)+)", WORLD, re.M)
-}
+EVENTS = {}  # {name: (facts, tellings)}; a fact ends in "?", "!", or, if it sets the state, in any other letter
+for name, facts, body in re.findall(r"^== (\w+):(.*)\n((?:[^=#\n].*\n)+)", WORLD, re.M):
+    facts = [(*fact.rstrip("?!").split(), fact[-1]) for fact in facts.split(",") if fact.strip()]
+    EVENTS[name] = facts, capitalise(body).splitlines()
 PLOTS = [name for name in PLANS if f"moral_{name}" in EVENTS]
 PRONOUNS = {
     "boy": dict(he="he", him="him", his="his", hers="his"),
@@ -97,12 +98,12 @@ PEOPLE = ("hero", "friend", "child")
 
 
 def role_of(slot):
-    """What fills a slot: food2 is another food."""
+    """What fills a slot: "food" for food2."""
     return slot.rstrip("23")
 
 
-def kind_of(slot, form):
-    """The kind of word that a form of a slot is: words_of(kind) could stand there. None for "a", "he", " the fox"."""
+def category_of(slot, form):
+    """The list that a form of a slot draws from. None for articles, pronouns and surnames: they follow from a word."""
     if form in ("article", "surname", *PRONOUNS["boy"]):
         return None
     if form in ("colour", "quality", "kind"):
@@ -111,22 +112,22 @@ def kind_of(slot, form):
 
 
 @cache
-def words_of(kind):
-    """All words of a kind, such as "name", "colour" or "spot" (at every place)."""
-    if kind == "kind":
+def words_of(category):
+    """All words of a category, such as "name", "colour" or "spot" (at every place)."""
+    if category == "kind":
         return [*LISTS["kind"], *map(Word, PRONOUNS)]
-    return LISTS.get(kind) or [word for place in LISTS["place"] for word in LISTS[f"{kind} {place.at}"]]
+    return LISTS.get(category) or [word for place in LISTS["place"] for word in LISTS[f"{category} {place.at}"]]
 
 
-# A word of the text that the story so far decides, for it mentions somebody or something again: where it stands; its
-# kind and form; how many words of the kind the story has used, this one included; where its last mention ended; and
-# whether this telling recalls a fact about it.
-Decided = namedtuple("Decided", "start end kind form said since asked")
+# A word that the story so far determines, because it mentions somebody or something again. start, end: in the text;
+# used: how many words of its category the story has used, this one included; last: the end of its last mention; asked:
+# does this telling recall a fact about it?
+Decided = namedtuple("Decided", "start end category form used last asked")
 
 
 class Author:
-    """Writes one story: its text; nats, its information content, and spent, the same by what was chosen; decided, the
-    words that take memory; events, a list of (name, {slot: word})."""
+    """Writes one story. text; nats: its information content; spent: nats by type of choice; decided: the words that a
+    reader must remember; events: [(name, {slot: word})]."""
 
     def __init__(self, seed, index):
         self.random = Random(f"{seed} {index}").random
@@ -134,9 +135,9 @@ class Author:
         self.draft, self.events, self.decided = "", [], []
         self.cast, self.used = {}, set()  # who and what is in the story, by slot; all words cast so far
         self.state = {}  # {(subject, relation): object}
-        self.introduced = set()  # {(subject, kind of word)}
-        self.said = defaultdict(dict)  # {kind: {word: the end of its last mention}}
-        self.told, self.alternatives = [], []  # casts of a repeated event; those that the sentence so far leaves open
+        self.introduced = set()  # {(subject, category of word)}
+        self.mentions = defaultdict(dict)  # {category: {word: the end of its last mention}}
+        self.casts = self.open_casts = []  # of a repeated event; those that this sentence could still be about
         self.write_story()
         self.text, self.nats = capitalise(self.draft).replace("\n", " "), sum(self.spent.values())
 
@@ -177,12 +178,12 @@ class Author:
         self.cast.update(cast)
         facts, tellings = EVENTS[event]
         recalled = {slot for s, _, o, mode in facts if mode == "?" for slot in (s, o.partition(".")[0])}
-        self.asked = recalled - {"hero"}  # who is named in every other sentence
-        self.draft += "\n" * bool(self.draft)
+        self.asked = recalled - {"hero"}  # who is named too often to count
+        self.draft += "\n" if self.draft else ""
         self.events.append((event, {}))
         new = {}
         self.render(parse(self.choose(tellings, "telling")), new)
-        self.alternatives = []
+        self.open_casts = []
         for subject, relation, value, mode in facts:
             subject = self.cast.get(subject, subject)
             slot, _, form = value.partition(".")
@@ -205,36 +206,32 @@ class Author:
                     self.appear(slot)
                 word = self.events[-1][1][slot] = self.cast[slot]
                 new |= {slot: word} if anew else {}
-                if kind := kind_of(slot, form):
-                    self.write(slot, kind, form)
+                if category := category_of(slot, form):
+                    self.write(slot, category, form)
                 else:
                     self.draft += word.form(form)
 
-    def write(self, slot, kind, form):
+    def write(self, slot, category, form):
         """Write a word, and record it if the story so far decides it."""
-        subject, start, said = self.cast[slot], len(self.draft), self.said[kind]
-        word, form = (subject.form(form), "") if kind == form else (subject, form)
+        subject, start, last = self.cast[slot], len(self.draft), self.mentions[category]
+        word, form = (subject.form(form), "") if category == form else (subject, form)
         self.draft += word.form(form)
         end, asked = len(self.draft), slot in self.asked
-        open_choice = len({cast.get(slot) for cast in self.alternatives}) > 1  # which one comes next shows here
-        if (subject, kind) in self.introduced and not open_choice:
-            self.decided.append(Decided(start, end, kind, form, len(said), said[word], asked))
-        self.introduced.add((subject, kind))
-        said[word] = end
-        self.alternatives = [cast for cast in self.alternatives if cast.get(slot, subject) == subject]
-
-    # Plots
+        free_choice = len({cast.get(slot) for cast in self.open_casts}) > 1  # this word reveals which
+        if (subject, category) in self.introduced and not free_choice:
+            self.decided.append(Decided(start, end, category, form, len(last), last[word], asked))
+        self.introduced.add((subject, category))
+        last[word] = end
+        self.open_casts = [cast for cast in self.open_casts if cast.get(slot, subject) == subject]
 
     def write_story(self):
         self.say("open")
         self.play("trait|hobby?")
         self.plot = self.choose(PLOTS)
         self.play(PLANS[self.plot])
-        ends = {"home": "go_home", "trait": "end_trait", "hobby": "end_hobby"}
-        if self.plot == "promise":  # which is kept at home
-            del ends["home"]
-        if ends := [event for slot, event in ends.items() if slot in self.cast]:
-            self.say(self.choose(ends))
+        ends = [slot for slot in ("home", "trait", "hobby") if slot in self.cast]
+        if ends := ends[self.plot == "promise" :]:  # that one is kept at home
+            self.say(f"end_{self.choose(ends)}")
         self.say(f"moral_{self.plot}")
         self.play("the_end?")
 
@@ -243,63 +240,56 @@ class Author:
         for step in steps.split():
             if step.endswith("?") and not self.choose((True, False)):
                 continue
-            each, step = step.startswith("each:"), step.removeprefix("each:").rstrip("?")
-            event, _, times = step.partition("*")
+            options, _, times = step.removeprefix("each:").rstrip("?").partition("*")
             if times:
-                self.told = [self.say(event) for _ in range(int(self.choose(times)))]
-            while each and self.told:
-                event = self.choose(step.split("|"))
-                cast = self.choose(self.told)
-                self.alternatives = self.told  # the first word that tells them apart is a choice, not a memory
-                self.say(event, **cast)
-                self.told = [other for other in self.told if other is not cast]
-            if not times and not each:
-                step = self.choose(step.split("|"))
-                self.say(step) if step in EVENTS else self.play(PLANS[step])
+                self.casts = [self.say(options) for _ in range(int(self.choose(times)))]
+            elif step.startswith("each:"):
+                while self.casts:
+                    event, cast = self.choose(options.split("|")), self.choose(self.casts)
+                    self.open_casts = self.casts
+                    self.say(event, **cast)
+                    self.casts = [other for other in self.casts if other is not cast]
+            else:
+                name = self.choose(options.split("|"))
+                self.say(name) if name in EVENTS else self.play(PLANS[name])
 
 
 def locate(story, tokenizer):
-    """-> a story's tokens, and for each decided word its first token's place and its distance from the last mention."""
+    """-> a story's tokens; and for each decided word, where its first token is, and how far from its last mention."""
     tokens = tokenizer.encode_ordinary(story.text)
     starts = tokenizer.decode_with_offsets(tokens)[1]
-    places = [bisect_left(starts, word.start - (story.text[word.start - 1] == " ")) for word in story.decided]
-    return tokens, [(at, at - bisect_left(starts, w.since)) for at, w in zip(places, story.decided, strict=True)]
+    positions = [bisect_left(starts, word.start - (story.text[word.start - 1] == " ")) for word in story.decided]
+    lasts = [bisect_left(starts, word.last) for word in story.decided]
+    return tokens, [(position, position - last) for position, last in zip(positions, lasts, strict=True)]
 
 
-def worth(seed, count, tokenizer, far=128):
-    """What the floor of so many stories is made of, and what recall is worth, as lines of text: nats per token."""
-    spent, worths, lengths = Counter(), Counter(), []
+def floor_report(seed, count, tokenizer, far=128):
+    """Yield lines of text: the floor by type of choice, and the loss of models that recall less, in nats per token."""
+    spent, gains, lengths = Counter(), Counter(), []
     for index in range(count):
         story = Author(seed, index)
-        tokens, places = locate(story, tokenizer)
+        tokens, positions = locate(story, tokenizer)
         lengths.append(len(tokens) + 1)  # with <|endoftext|>
         spent.update(story.spent)
-        for word, (_, distance) in zip(story.decided, places, strict=True):
-            nats, apart = math.log(len(words_of(word.kind))), math.log(word.said)
-            worths.update(all=nats, apart=apart, asked=apart * word.asked, far=nats * (distance >= far))
+        for word, (_, distance) in zip(story.decided, positions, strict=True):
+            nats, apart = math.log(len(words_of(word.category))), math.log(word.used)
+            gains.update(all=nats, apart=apart, asked=apart * word.asked, far=nats * (distance >= far))
     total = sum(lengths)
-    floor, recall, apart = (nats / total for nats in (spent.total(), worths["all"], worths["apart"]))
-    asked, distant = worths["asked"] / total, worths["far"] / total
+    floor, (recall, apart, asked, distant) = spent.total() / total, (gain / total for gain in gains.values())
     yield f"{count:,} stories of {total / count:.1f} tokens on average, {max(lengths)} at most"
     yield f"{floor:.4f} nats per token is the floor: " + ", ".join(f"{k} {v / total:.4f}" for k, v in spent.items())
     yield f"{floor + recall:.4f} for a model that knows the world and recalls no decided word"
-    yield f"{floor + apart:.4f} for one that copies any word of the kind that the story has used"
-    yield f"{apart:.4f} is what keeping such words apart is worth, {asked:.4f} of it where a fact is asked for"
-    yield f"{distant:.4f} is what recalling words last said {far} or more tokens before is worth"
+    yield f"{floor + apart:.4f} for one that copies any word of the category that the story has used"
+    yield f"{apart:.4f} is the gain from telling such words apart, {asked:.4f} of it where a fact is asked for"
+    yield f"{distant:.4f} is the gain from recalling words last mentioned {far} or more tokens ago"
 
 
 def main():
-    from data.common import PATTERN, VOCABULARY, InputError, Parser, load_tokenizer, wrap
-
     example = "example: python data/stories.py tell 5 --seed=3"
     parser = Parser(description="Tell stories of the world, measure it, or make its vocabulary.", epilog=example)
-    text = (
-        f"what the floor of stories is made of; or write {VOCABULARY.name}: the bytes, and the words of 20,000 stories"
-    )
-    parser.add_argument(
-        "command", choices=("tell", "floor", "vocabulary"), help=f"print stories and their nats; {text}"
-    )
-    parser.add_argument("count", nargs="?", type=int, default=1, help="stories to tell or measure (default: 1)")
+    about = f"tell: print stories and their nats; floor: what it is made of; vocabulary: rewrite {VOCABULARY.name}"
+    parser.add_argument("command", choices=("tell", "floor", "vocabulary"), help=about)
+    parser.add_argument("count", nargs="?", type=int, default=1, help="stories to tell or to measure (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the corpus (default: 0)")
     args = parser.parse_args()
     if args.count < 1:
@@ -309,7 +299,7 @@ def main():
             story = Author(args.seed, index)
             print(f"{wrap(story.text)}\n({story.nats:.1f} nats)\n")
     elif args.command == "floor":
-        print(*worth(args.seed, args.count, load_tokenizer("stories")), sep="\n")
+        print(*floor_report(args.seed, args.count, load_tokenizer("stories")), sep="\n")
     else:
         stories = (Author("vocabulary", index).text for index in range(20_000))
         words = Counter(piece.encode() for text in stories for piece in re.findall(PATTERN, text))
@@ -321,7 +311,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent.parent))  # where the package `data` is found
-    from data.common import run
-
     run(main)

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import common, stories
+from data import stories
 from data.common import load_tokenizer
 from data.stories import EVENTS, LISTS, Author, locate, parse, words_of
 
@@ -166,7 +166,7 @@ def test_no_other_word_of_its_kind_can_stand_where_a_word_is_decided(seed, data)
     for word in story.decided:
         if word.start <= same < word.end:
             rest = other[word.start :].lower()
-            rivals = [str(w.form(word.form)).lower() for w in words_of(word.kind)]
+            rivals = [str(w.form(word.form)).lower() for w in words_of(word.category)]
             assert not any(re.match(re.escape(rival) + r"\b", rest) for rival in rivals), (story.text, other)
 
 
@@ -179,20 +179,24 @@ def test_decided_words_were_told_before(seed):
     for word, (place, distance) in zip(story.decided, places, strict=True):
         written = story.text[word.start : word.end]
         assert TOKENIZER.decode(tokens[place:]).strip().startswith(written)
-        assert written.lower() in {w.form(word.form).lower() for w in words_of(word.kind)}
-        assert 0 < distance <= place and word.since <= word.start and 1 <= word.said <= len(words_of(word.kind))
+        assert written.lower() in {w.form(word.form).lower() for w in words_of(word.category)}
+        assert not (word.asked and written == story.cast["hero"])  # who is named all the time
+        if word.category == "name":  # counted in the text
+            names = {str(name) for name in words_of("name")}
+            assert word.used == len(names & set(re.findall(r"\w+", story.text[: word.end])))
+        assert 0 < distance <= place and word.last <= word.start and 1 <= word.used <= len(words_of(word.category))
         # The word, or a form of it, ends where it was last said.
-        before, answer = (text.lower().replace("swam", "swim") for text in (story.text[: word.since], written))
+        before, answer = (text.lower().replace("swam", "swim") for text in (story.text[: word.last], written))
         assert before == TOKENIZER.decode(tokens[: place - distance]).lower().replace("swam", "swim")
         assert answer.split()[-1][:4] in before[-40:] or answer.split()[0][:3] in before[-40:]
 
 
 def test_recall_is_worth_something_and_stories_keep_to_their_length():
     """What a study of caches needs, and what a context of 320 tokens holds."""
-    said = "\n".join(stories.worth(0, 1000, TOKENIZER))
+    said = "\n".join(stories.floor_report(0, 1000, TOKENIZER))
     mean, longest = map(int, re.search(r"of (\d+)\.\d tokens on average, (\d+) at most", said).groups())
-    apart = float(re.search(r"^([\d.]+) is what keeping", said, re.M)[1])
-    far = float(re.search(r"^([\d.]+) is what recalling", said, re.M)[1])
+    apart = float(re.search(r"^([\d.]+) is the gain from telling", said, re.M)[1])
+    far = float(re.search(r"^([\d.]+) is the gain from recalling", said, re.M)[1])
     assert 160 <= mean <= 215 and longest <= 320 and apart >= 0.10 and far >= 0.03
 
 
@@ -223,12 +227,12 @@ def test_every_word_of_the_stories_is_a_token():
 
 def test_the_vocabulary_is_what_its_command_makes(tmp_path, monkeypatch, call):
     made = tmp_path / "stories.tiktoken"
-    monkeypatch.setattr(common, "VOCABULARY", made)
+    monkeypatch.setattr(stories, "VOCABULARY", made)
     status, out, err = call(stories.main, "vocabulary")
     assert status == 0 and made.read_bytes() == (ROOT / "data" / "stories.tiktoken").read_bytes(), err
 
 
 def test_what_the_floor_is_made_of_is_printed(call):
     status, out, err = call(stories.main, "floor", "20")
-    assert status == 0 and "is the floor: " in out and "keeping such words apart" in out
+    assert status == 0 and "is the floor: " in out and "telling such words apart" in out
     assert call(stories.main, "floor", "0")[0] == 2

@@ -1,6 +1,7 @@
 """Training: rows of stories, the loop, its checkpoints, and everything that can be typed wrongly."""
 
 import json
+import re
 import shutil
 import signal
 import sys
@@ -75,6 +76,43 @@ def test_the_floor_is_what_the_evaluated_stories_hold(start, stories):
     assert run.story_ends[held] == count  # rows end with stories
     assert floor == pytest.approx(sum(run.meta["val_nats"][:held]) / count)
     assert run.evaluate(run.model)[1] == pytest.approx(run.meta["floor"])
+
+
+def test_the_last_lines_split_the_excess_and_compare_recall_with_guesses(start, capsys):
+    start(*SMALL, "--block_size=320", "--steps=1", "--dropout=0.5", "--device=cpu")
+    printed = capsys.readouterr().out
+    lost, rest = map(float, re.search(r"stories ([\d.]+) is lost at words .*, ([\d.]+) elsewhere", printed).groups())
+    excess = float(re.search(r"^excess +([\d.]+) over", printed, re.M)[1])
+    assert lost > 0.2 and lost + rest == pytest.approx(excess, abs=0.02)  # both are of all 20 validation stories
+    recall, chance, copying = (float(n) for n in re.findall(r"([\d.]+)%", re.search("^recall .*", printed, re.M)[0]))
+    assert 0 < chance < copying < 50 and recall < 10
+
+
+def test_recall_is_not_told_where_it_cannot_be(start, stories, capsys, tmp_path):
+    """No story fits into the context; the stories are of another world. The rest is printed all the same."""
+    start(*SMALL, "--block_size=16", "--steps=1", "--device=cpu")
+    printed = capsys.readouterr().out
+    assert "no story fits into the context" in printed and "KV cache" in printed
+    shutil.copytree(stories, tmp_path / "older")
+    meta = json.loads((tmp_path / "older" / "meta.json").read_text())
+    (tmp_path / "older" / "meta.json").write_text(json.dumps(meta | {"seed": 1}))
+    start(*SMALL, "--block_size=320", "--steps=1", "--device=cpu", f"--data={tmp_path / 'older'}")
+    printed = capsys.readouterr().out
+    assert "another version of the world" in printed and "KV cache" in printed
+
+
+def test_text_without_a_floor_is_told_in_bits_per_byte(start, tmp_path, capsys):
+    text = "\n\n".join(f"The {i}th day was as long as the day before it, and as cold." for i in range(200))
+    (tmp_path / "mine.txt").write_text(text)
+    data = prepare(str(tmp_path / "mine.txt"), tokenizer="stories", root=tmp_path)
+    out = start(*SMALL, "--block_size=64", "--steps=1", "--device=cpu", f"--data={data}")
+    (entry, *_), meta = log_of(out), json.loads((data / "meta.json").read_text())
+    validation = text.split("\n\n")[-meta["val_stories"] :]
+    assert entry["excess"] is None and meta["val_bytes"] == sum(len(story.encode()) for story in validation)
+    bits = entry["val_loss"] / np.log(2) * meta["val_tokens"]
+    assert entry["bits_per_byte"] == pytest.approx(bits / meta["val_bytes"])
+    printed = capsys.readouterr().out
+    assert "bits/B" in printed and "bits per byte of text" in printed and "recall" not in printed
 
 
 def test_a_model_learns_more_than_how_often_words_occur(start, stories):
