@@ -320,7 +320,7 @@ def recall(model, data, stories=None):
     found["asked"] = asked = found["asked"].astype(bool)
     mean, error = mean_and_error(found["p"][asked], found["story"][asked])
     means = {name: mean_and_error(found[name][asked])[0] for name in ("chance", "copying")}
-    lost = np.log(1 / np.maximum(found["p"], 1e-300)).sum()
+    lost = float(np.log(1 / np.maximum(found["p"], 1e-300)).sum())
     means |= {"excess": excess / scored, "lost": lost / scored} if scored else {"excess": None, "lost": None}
     return found, means | {"recall": mean, "recall_error": error}
 
