@@ -53,8 +53,9 @@ def run(main):
         status, message = 1, f"not enough memory; choose a smaller size, batch or context ({str(error)[:150]})"
     except KeyboardInterrupt:
         status, message = 130, "interrupted"
-    print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(status)
+    print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    (os._exit if "RANK" in os.environ else sys.exit)(status)  # threads of torch.distributed can abort an orderly exit
 
 
 def wrap(text):

@@ -94,9 +94,8 @@ def is_ready(folder, meta):
     if others := {path.name for path in folder.glob("[!.]*")} - {"train.bin", "val.bin", "meta.json"}:
         raise InputError(f"{folder}: holds {min(others)}, which is no data set; move it elsewhere")
     try:
-        old = json.loads((folder / "meta.json").read_text())
-        old["source"]
-    except (OSError, ValueError, LookupError, TypeError):  # nothing there, or damaged
+        old = {} | json.loads((folder / "meta.json").read_text())
+    except (OSError, ValueError, TypeError):  # nothing there, or damaged
         return False
     if differ := [key for key in meta if old.get(key) != meta[key]]:
         what = ", ".join(f"{k}={old[k]}" for k in ("source", "stories", "tokenizer", "seed") if old.get(k) is not None)
