@@ -448,7 +448,7 @@ class Run:
     def report_recall(self, model, stories=300):
         """How much of the excess is forgetting, and the words that are recalled, on some of the validation stories."""
         try:
-            found = recall(model.eval(), (self.meta, self.train_tokens, self.val_tokens), stories)[1]
+            words, found = recall(model.eval(), (self.meta, self.train_tokens, self.val_tokens), stories)
         except InputError as error:  # the stories are of an older world
             print(f"recall   is not known: {error}")
             return
@@ -456,7 +456,8 @@ class Run:
             print("recall   is not known: no story fits into the context")
             return
         lost, rest = found["lost"], found["excess"] - found["lost"]
-        print(f"         in {stories} stories {lost:.4f} is lost at words that the story decides, {rest:.4f} elsewhere")
+        count = len(np.unique(words["story"]))  # those that fit into the context
+        print(f"         in {count} stories {lost:.4f} is lost at words that the story decides, {rest:.4f} elsewhere")
         told = (
             "{recall:.1%} where a story asks for something; guessing has {chance:.1%}, copying such words {copying:.1%}"
         )

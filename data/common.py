@@ -49,7 +49,7 @@ def run(main):
     except (MemoryError, RuntimeError) as error:
         out_of_memory = getattr(sys.modules.get("torch"), "OutOfMemoryError", MemoryError)
         if not isinstance(error, (MemoryError, out_of_memory)) and "DefaultCPUAllocator: " not in str(error):
-            raise  # (when memory of the CPU runs out, PyTorch raises a plain RuntimeError)
+            raise  # a bug; but PyTorch has no class of its own for a CPU whose memory runs out
         status, message = 1, f"not enough memory; choose a smaller size, batch or context ({str(error)[:150]})"
     except KeyboardInterrupt:
         status, message = 130, "interrupted"

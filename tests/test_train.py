@@ -78,10 +78,14 @@ def test_the_floor_is_what_the_evaluated_stories_hold(start, stories):
     assert run.evaluate(run.model)[1] == pytest.approx(run.meta["floor"])
 
 
-def test_the_last_lines_split_the_excess_and_compare_recall_with_guesses(start, capsys):
+def test_the_last_lines_split_the_excess_and_compare_recall_with_guesses(start, capsys, monkeypatch):
+    training, measure = [], train.recall
+    monkeypatch.setattr(train, "recall", lambda model, *rest: training.append(model.training) or measure(model, *rest))
     start(*SMALL, "--block_size=320", "--steps=1", "--dropout=0.5", "--device=cpu")
     printed = capsys.readouterr().out
-    lost, rest = map(float, re.search(r"stories ([\d.]+) is lost at words .*, ([\d.]+) elsewhere", printed).groups())
+    assert training == [False]  # without dropout
+    split = re.search(r"in 20 stories ([\d.]+) is lost at words .*, ([\d.]+) elsewhere", printed)
+    lost, rest = map(float, split.groups())
     excess = float(re.search(r"^excess +([\d.]+) over", printed, re.M)[1])
     assert lost > 0.2 and lost + rest == pytest.approx(excess, abs=0.02)  # both are of all 20 validation stories
     recall, chance, copying = (float(n) for n in re.findall(r"([\d.]+)%", re.search("^recall .*", printed, re.M)[0]))
