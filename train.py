@@ -1,8 +1,8 @@
 """Train a GPT with any attention on stories, from scratch or from a trained model, whose attention can be converted.
 
-Runs on a CPU, a Mac, a GPU, or several GPUs under torchrun. Into --out go ckpt.pt (the best model so far by val loss),
-last.pt (for --resume), log.jsonl, train.png, and spectrum.jsonl (snapshots of the spectrum of W_Q W_K^T). A step depends
-only on the options, the weights and its number, so a run that was stopped and resumed is the same run.
+Runs on a CPU, a Mac, a GPU, or several GPUs under torchrun. Into --out go ckpt.pt (the best model so far), last.pt (for
+--resume), log.jsonl, train.png, and spectrum.jsonl (snapshots of the spectrum of W_Q W_K^T). A step depends only on the
+options, the weights and its number, so a run that was stopped and resumed is the same run.
 """
 
 import copy
@@ -10,7 +10,6 @@ import itertools
 import json
 import math
 import os
-import platform
 import signal
 import subprocess
 import sys
@@ -24,7 +23,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from data.common import DATA, InputError, Parser, check_device, fast_bfloat16, load_data, load_tokenizer, run, wrap
 from data.judge import recall
@@ -57,7 +55,7 @@ FLAGS = {  # name: type or choices, default, help. resolve() replaces a default 
     "init_from": (
         str,
         None,
-        "start from this checkpoint, and convert its attention where --attn, --rank or --joint differ",
+        "start from this checkpoint, converted to another --attn, --rank, --joint (default: none)",
     ),
     "resume": (bool, False, "continue the run in --out where it stopped"),
     "steps": (int, None, "optimizer steps; 0 evaluates and saves (default: by size)"),
@@ -66,7 +64,7 @@ FLAGS = {  # name: type or choices, default, help. resolve() replaces a default 
     "optimizer": (
         ("muon", "adamw"),
         "muon",
-        "muon trains the matrices inside blocks, adamw the rest; or adamw trains all",
+        "muon for the matrices inside blocks and adamw for the rest; or only adamw",
     ),
     "lr": (float, None, "peak of the learning rate (default: by size and optimizer)"),
     "warmup": (float, 0.05, "share of the steps until the peak; then the rate falls linearly to zero"),
@@ -83,9 +81,6 @@ CONVERTS = {"mha": "mla", "mha_rope": "mla_rope", "gqa": "mla_rope", "mla": "mla
 PEAK_TFLOPS = {"H100": (989, 495), "H200": (989, 495), "A100": (312, 156), "L40S": (362, 183), "T4": (65, 8)}
 
 
-# Options --------------------------------------------------------------------------------------------------------------
-
-
 def parse_arguments(arguments=None):
     """The flags that were given, and only those: {name: value}."""
     example = "example: python train.py --attn=mla_decoupled --rank=0.25 --out=out/quarter"
@@ -100,10 +95,9 @@ def parse_arguments(arguments=None):
 def resolve(given):
     """Flags as given -> every option with its value, the GPTConfig (but for vocab_size), the checkpoint to start from.
     Raises InputError for a flag that is out of range, or does not fit another flag or the checkpoint."""
-    checkpoint, given = read_start(given)
-    device = given.get("device") or (
-        "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    )
+    start, given = read_start(given)
+    best_device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = given.get("device") or best_device
     kind = device.split(":")[0]
     size = given.get("size") or ("tiny" if kind == "cpu" else "30m")
     defaults = {name: default for name, (_, default, _) in FLAGS.items()} | SIZES[size] | BUDGETS[size]
@@ -112,49 +106,36 @@ def resolve(given):
     o.eval_interval = max(1, o.steps // 20) if o.eval_interval is None else o.eval_interval
     o.compile = kind == "cuda" if o.compile is None else o.compile
     o.dtype = o.dtype or ("bfloat16" if fast_bfloat16(device) else "float16" if kind == "cuda" else "float32")
-    for name in ("batch_size", "grad_accum", "eval_interval", "eval_steps", "lr", "grad_clip"):
-        if not 0 < getattr(o, name) < 2**32:
-            raise InputError(f"--{name}={getattr(o, name)}: must be above 0")
-    for name in ("steps", "warmup", "weight_decay", "seed"):
-        if not 0 <= getattr(o, name) < 2**32:
-            raise InputError(f"--{name}={getattr(o, name)}: must be from 0 to {2**32 - 1}")
+    least = dict(batch_size=1, grad_accum=1, eval_interval=1, eval_steps=1, block_size=16, grad_clip=1e-9)
+    for name, low in (least | dict(steps=0, lr=0, warmup=0, weight_decay=0, seed=0)).items():
+        if not low <= getattr(o, name) < 2**32:
+            raise InputError(f"--{name}={getattr(o, name)}: must be at least {low} and less than 2**32")
     config = GPTConfig(**{name: value for name, value in vars(o).items() if name in GPTConfig.__dataclass_fields__})
-    if config.block_size < 16:
-        raise InputError(f"--block_size={config.block_size}: must be at least 16, to hold the beginning of a story")
     vars(o).update({name: value for name, value in asdict(config).items() if name in FLAGS})
-    return o, config, checkpoint
+    return o, config, start
 
 
 def read_start(given):
     """The checkpoint of --resume or --init_from, or None; and the flags, with those that the checkpoint decides."""
     if given.get("resume"):
-        path = Path(given.get("out", "out")) / "last.pt"
-        if not path.exists():
-            raise InputError(f"--resume: there is no {path}; start the run without --resume")
-        checkpoint = load_checkpoint(path)[1]
-        free, saved = ("resume", "out", "device", "compile"), checkpoint["options"]
-        for name, value in given.items():
-            if name not in free and value != saved[name]:
-                raise InputError(f"--resume: the run has --{name}={saved[name]}, not {value}; leave that flag out")
-        return checkpoint, saved | ({"compile": None} if "device" in given else {}) | given
-    if not given.get("init_from"):
+        start = load_checkpoint(Path(given.get("out", "out")) / "last.pt")[1]
+        saved = start["options"] | ({"compile": None} if "device" in given else {})
+        fixed = saved.keys() - {"resume", "out", "device", "compile"}
+    elif given.get("init_from"):
+        start = load_checkpoint(given["init_from"])[1]
+        saved = {name: value for name, value in start["config"].items() if name in FLAGS and name != "dropout"}
+        fixed = saved.keys() - {"attn", "rank", "joint", saved["attn"] not in LEARNED and "block_size"}
+    else:
         return None, given
-    checkpoint, path = load_checkpoint(given["init_from"])[1], given["init_from"]
-    old = {name: value for name, value in checkpoint["config"].items() if name in FLAGS and name != "dropout"}
-    new = old | given
-    changed = {name for name in old if new[name] != old[name]}
-    fixed = changed - {"attn", "rank", "joint", *(() if old["attn"] in LEARNED else ("block_size",))}
-    for name in fixed:
-        raise InputError(f"--{name}={new[name]}: the model in {path} has {old[name]}; leave that flag out")
-    if changed & {"attn", "rank", "joint"} and (new["attn"] != CONVERTS.get(old["attn"]) or old["latent_norm"]):
-        raise InputError(
-            f"--init_from: cannot convert {old['attn']} like that. It converts mha to mla, mha_rope and gqa to mla_rope, "
-            "mla and mla_rope to a lower rank or to joint, all without latent_norm"
-        )
-    return checkpoint, new
-
-
-# Devices and processes ------------------------------------------------------------------------------------------------
+    for name in fixed & given.keys():
+        if given[name] != saved[name]:
+            raise InputError(f"--{name}={given[name]}: the checkpoint has {saved[name]}; leave that flag out")
+    new, room = saved | given, (saved["rank"] or 1) * (2 if given.get("joint") and not saved["joint"] else 1)
+    possible = new["attn"] == CONVERTS.get(saved["attn"]) and (new["rank"] or 0) <= room and not saved["latent_norm"]
+    if any(new[name] != saved[name] for name in ("attn", "rank", "joint")) and not possible:
+        known = "mha to mla; mha_rope, gqa to mla_rope; mla, mla_rope to a lower rank or to joint; no latent_norm"
+        raise InputError(f"--init_from: cannot convert {saved['attn']} to that attention. Conversions: {known}")
+    return start, new
 
 
 def set_up_device(o):
@@ -179,20 +160,11 @@ def agree(flag):
     if not dist.is_initialized():
         return flag
     count = torch.tensor(float(flag))
-    dist.all_reduce(count)
+    try:
+        dist.all_reduce(count)
+    except RuntimeError as error:
+        raise OSError("another process failed, see its message") from error
     return count.item() > 0
-
-
-# Data -----------------------------------------------------------------------------------------------------------------
-
-
-def open_data(name, leader):
-    """-> meta, train tokens, val tokens. The default data is made if it is not there."""
-    folder = DATA / name if (DATA / name / "meta.json").exists() or name == "stories" else Path(name)
-    if leader and name == "stories" and not folder.exists():
-        prepare()
-    agree(False)  # the others wait
-    return load_data(folder)
 
 
 def story_rows(tokens, end, length):
@@ -210,18 +182,14 @@ def story_rows(tokens, end, length):
 
 
 def batch(tokens, starts, lengths, block_size, device):
-    """-> idx, targets (B, block_size), int64; the targets behind the end of a row are -1."""
+    """Rows that begin at `starts` -> idx, targets (B, block_size), int64; targets behind the end of a row are -1."""
     positions = np.minimum(starts[:, None] + np.arange(block_size + 1), len(tokens) - 1)
     rows = torch.from_numpy(tokens[positions].astype(np.int64))
-    targets = rows[:, 1:].clone()
-    targets[torch.arange(block_size) >= torch.from_numpy(lengths)[:, None]] = -1
-    pair = rows[:, :-1].contiguous(), targets
+    idx, targets = rows[:, :-1].contiguous(), rows[:, 1:].clone()
+    targets[np.arange(block_size) >= np.minimum(lengths, len(tokens) - 1 - starts)[:, None]] = -1
     if device.startswith("cuda"):  # copied while the GPU computes
-        return tuple(tensor.pin_memory().to(device, non_blocking=True) for tensor in pair)
-    return tuple(tensor.to(device) for tensor in pair)
-
-
-# Conversion -----------------------------------------------------------------------------------------------------------
+        return tuple(tensor.pin_memory().to(device, non_blocking=True) for tensor in (idx, targets))
+    return idx.to(device), targets.to(device)
 
 
 @torch.no_grad()
@@ -240,26 +208,13 @@ def second_moments(model, idx):
     return moments
 
 
-def factor(w, moment, rank):
+def compress(w, moment, rank):
     """W (d, n) -> W_D (d, rank), W_U (rank, n) that minimise E|x W - x W_D W_U|^2, where moment = E[x x^T].
 
-    If E[x x^T] = S^T S, this is |S W - S W_D W_U|^2. So S W_D W_U is the truncated SVD of S W."""
-    variance, directions = torch.linalg.eigh(moment)
-    scale = variance.clamp(min=0).sqrt()[:, None]  # S = scale * directions^T
-    u, s, vt = torch.linalg.svd(scale * (directions.mT @ w), full_matrices=False)
-    u, s, vt = u[:, :rank], s[:rank].sqrt(), vt[:rank]
-    inverse = torch.where(scale > 1e-7 * scale.max(), 1 / scale, 0.0)  # LayerNorm leaves one direction without variance
-    return directions @ (inverse * u) * s, s[:, None] * vt
-
-
-def keys_and_values(attention):
-    """W_K and W_V (d, d), in float64, as if each head had its own."""
-    a, c = copy.deepcopy(attention).cpu().double(), attention.config
-    one = torch.eye(c.n_embd, dtype=torch.float64)
-    if c.attn in MLA:
-        return a.w_uk(a.w_dk(one)), a.w_uv((a.w_dk if c.joint else a.w_dv)(one))
-    heads = (w(one).unflatten(1, (c.kv_heads, c.head_dim)) for w in (a.w_k, a.w_v))
-    return tuple(w.repeat_interleave(c.n_head // c.kv_heads, dim=1).flatten(1) for w in heads)
+    They project x W onto its principal directions: the eigenvectors V of E[(x W)^T x W], so W_D = W V, W_U = V^T. The
+    plain SVD of W would minimise |W - W_D W_U|^2, as if x went in all directions alike."""
+    directions = torch.linalg.eigh(w.mT @ moment @ w).eigenvectors[:, -rank:]  # eigenvalues ascend
+    return w @ directions, directions.mT
 
 
 @torch.no_grad()
@@ -272,20 +227,21 @@ def convert(model, config, moments):
     old, weights = model.state_dict(), new.state_dict()
     new.load_state_dict(weights | {n: w for n, w in old.items() if n in weights and w.shape == weights[n].shape})
     for block, new_block, moment in zip(model.blocks, new.blocks, moments, strict=True):
-        (w_k, w_v), attn = keys_and_values(block.attn), new_block.attn
+        a, b, one = copy.deepcopy(block.attn).cpu().double(), new_block.attn, torch.eye(config.n_embd).double()
+        if model.config.attn in MLA:
+            w_k, w_v = a.w_uk(a.w_dk(one)), a.w_uv((a.w_dk if model.config.joint else a.w_dv)(one))
+        else:  # a copy of its key and value head for each head
+            heads = (w(one).unflatten(1, (-1, config.head_dim)) for w in (a.w_k, a.w_v))
+            w_k, w_v = (w.repeat_interleave(config.n_head // w.size(1), 1).flatten(1) for w in heads)
+        down_k, up_k = compress(torch.cat((w_k, w_v), 1) if config.joint else w_k, moment, config.latent_dim)
         if config.joint:
-            w_dk, w_u = factor(torch.cat((w_k, w_v), dim=1), moment, config.latent_dim)
-            w_uk, w_uv = w_u.chunk(2, dim=1)
+            up_k, up_v = up_k.chunk(2, dim=1)
         else:
-            w_dk, w_uk = factor(w_k, moment, config.latent_dim)
-            w_dv, w_uv = factor(w_v, moment, config.latent_dim)
-            attn.w_dv.weight.copy_(w_dv.mT)
-        for layer, w in ((attn.w_dk, w_dk), (attn.w_uk, w_uk), (attn.w_uv, w_uv)):
-            layer.weight.copy_(w.mT)
+            down_v, up_v = compress(w_v, moment, config.latent_dim)
+            b.w_dv.weight.copy_(down_v.mT)
+        for linear, w in ((b.w_dk, down_k), (b.w_uk, up_k), (b.w_uv, up_v)):
+            linear.weight.copy_(w.mT)
     return new
-
-
-# Optimizer ------------------------------------------------------------------------------------------------------------
 
 
 def make_optimizers(model, o):
@@ -308,75 +264,52 @@ def learning_rate(step, o):
     return o.lr * min((step + 1) / max(1, rise), (o.steps - step) / max(1, o.steps - rise))
 
 
-def utilisation(model, tokens_per_second, device, dtype):
-    """MFU: the model's FLOPs per second as a share of the GPU's peak, or None if that is not known.
-
-    A token takes 6 FLOPs for each weight (the embedding is the output head), and 12 for each number of the keys that it
-    attends to, on average half the context (Chowdhery et al. 2022, appendix B)."""
-    name, c = torch.cuda.get_device_name(device) if device.startswith("cuda") else "", model.config
-    peak = next((peaks[dtype == "float32"] for gpu, peaks in PEAK_TFLOPS.items() if gpu in name), None)
-    flops = 6 * sum(p.numel() for p in model.parameters()) + 6 * c.n_layer * c.n_embd * c.block_size
-    return peak and tokens_per_second * flops / (peak * 1e12)
+def flops_per_token(model):
+    """Of a training step: 6 per weight (the embedding is the output head) and 12 per number of the keys attended to, on
+    average half the context (Chowdhery et al. 2022, appendix B)."""
+    c = model.config
+    return 6 * sum(p.numel() for p in model.parameters()) + 6 * c.n_layer * c.n_embd * c.block_size
 
 
 def write(path, checkpoint):
     """Replace a file in one move, so that its name always leads to a whole file, the old or the new one."""
     temporary = path.with_suffix(".tmp")
     try:
-        with open(temporary, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
+        torch.save(checkpoint, temporary)
+        with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # RuntimeError is PyTorch's, of a write that failed
-        raise OSError(
-            f"{path}: cannot be written; what was there is still whole: {error.__context__ or error}"
-        ) from error
-    finally:
         temporary.unlink(missing_ok=True)
+        raise OSError(f"{path}: cannot be written; what was there is still whole: {error}") from error
 
 
-def provenance():
-    """What made a checkpoint, besides its options: versions, and the git revision of this code."""
-    git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        revision = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
-    except OSError:  # no git here
-        revision = None
-    return {"python": platform.python_version(), "torch": str(torch.__version__), "revision": revision}
-
-
-def make_folder(out):
-    """Make the folder of a new run. Files of an older run move to out/previous-1, -2, ..."""
+def open_folder(out, resumed_at):
+    """Make the folder of a new run; files of an older one move to out/previous-1, -2, ... Shorten the logs of a resumed
+    run: one that was killed may have logged more than it saved."""
     out.mkdir(parents=True, exist_ok=True)
+    if resumed_at is not None:
+        for log in out.glob("*.jsonl"):
+            lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            log.write_text("".join(line for line in lines if json.loads(line)["step"] <= resumed_at))
+        return
     names = ("ckpt.pt", "last.pt", "log.jsonl", "spectrum.jsonl", "train.png")
     if files := [out / name for name in names if (out / name).exists()]:
         previous = next(path for i in itertools.count(1) if not (path := out / f"previous-{i}").exists())
         previous.mkdir()
         for file in files:
-            os.replace(file, previous / file.name)
-
-
-def shorten_logs(out, step):
-    """A run that was killed may have logged more than it saved. Leave the lines up to the step that was saved."""
-    for log in out.glob("*.jsonl"):
-        lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        log.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+            file.rename(previous / file.name)
 
 
 def draw(out, floor):
     """log.jsonl -> train.png: loss and val loss against tokens, and the floor, which is a perfect model's loss."""
     from matplotlib.figure import Figure  # here, because it takes a second to import
 
-    entries = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    for name, style, label in (
-        ("loss", "C0o--", "training, mean since the last point"),
-        ("val_loss", "C1o-", "validation"),
-    ):
-        points = [(entry["tokens"] / 1e6, entry[name]) for entry in entries if entry[name] is not None]
-        axes.plot(*zip(*points), style, markersize=3, label=label)
+    for name, label in (("loss", "training, mean since the last point"), ("val_loss", "validation")):
+        axes.plot([e["tokens"] / 1e6 for e in log], [e[name] or math.nan for e in log], "o-", ms=3, label=label)
     if floor:
         axes.axhline(floor, color="k", linewidth=1, label=f"floor, {floor:.3f}")
     axes.set(xlabel="million tokens", ylabel="loss, nats per token", yscale="log")
@@ -393,23 +326,21 @@ class Run:
     def __init__(self, given):
         self.options, self.config, start = resolve(given)  # wrong flags are told before any data is made
         o, config, self.out = self.options, self.config, Path(self.options.out)
-        if self.out.exists() and not self.out.is_dir():
-            raise InputError(f"--out={o.out}: is a file; name a folder")
         self.device, self.process, self.processes = set_up_device(o)
         self.leader = self.process == 0  # it alone reports and writes
-
-        self.meta, self.train_tokens, self.val_tokens = open_data(o.data, self.leader)
+        folder = DATA / o.data if (DATA / o.data / "meta.json").exists() or o.data == "stories" else Path(o.data)
+        if self.leader and o.data == "stories" and not folder.exists():
+            prepare()
+        agree(False)  # the others wait
+        self.meta, self.train_tokens, self.val_tokens = load_data(folder)
         self.facts = {key: value for key, value in self.meta.items() if key != "val_nats"}
-        self.tokenizer = load_tokenizer(self.meta["tokenizer"])
-        config.vocab_size, end = self.tokenizer.n_vocab, self.tokenizer.eot_token
-        if config.vocab_size != self.meta["vocab_size"]:
-            raise InputError(f"--data={o.data}: tokens and meta.json do not fit together; make it with data/prepare.py")
         if o.resume and start["meta"] != self.facts:
             raise InputError(f"--resume: --data={o.data} is not what the run was trained on")
         if start and start["meta"]["tokenizer"] != self.meta["tokenizer"]:
-            raise InputError(f"--data={o.data}: needs the tokens of {o.init_from}, {start['meta']['tokenizer']}")
+            raise InputError(f"--data={o.data}: must have the tokens of {o.init_from}: {start['meta']['tokenizer']}")
         if (there := len(self.train_tokens) - 1) < config.block_size:
             raise InputError(f"--block_size={config.block_size}: there are only {there} tokens to train on")
+        config.vocab_size, end = self.meta["vocab_size"], self.meta["end"]
         self.starts, _ = story_rows(self.train_tokens, end, config.block_size)
         self.val_rows = story_rows(self.val_tokens, end, config.block_size)
         self.val_ends = np.flatnonzero(self.val_tokens == end)
@@ -421,9 +352,20 @@ class Run:
         self.scaler = torch.amp.GradScaler(kind, enabled=o.dtype == "float16")
         self.model = GPT(config).to(self.device)
         if o.init_from and not o.resume:
-            self.start_from(load_checkpoint(o.init_from, self.device)[0])
+            source = load_checkpoint(o.init_from, self.device)[0]
+            if source.config.cache_shapes == config.cache_shapes:
+                self.model.load_state_dict(source.state_dict())
+            else:
+                rows = self.starts[np.random.default_rng(o.seed).integers(len(self.starts), size=64)]
+                self.model = convert(
+                    source,
+                    config,
+                    second_moments(
+                        source, batch(self.train_tokens, rows, config.block_size, config.block_size, self.device)[0]
+                    ),
+                )
         self.optimizers = make_optimizers(self.model, o)
-        self.first, self.best, self.losses, self.norm, self.made_by = 0, math.inf, [], None, provenance()
+        self.first, self.best, self.losses, self.norm = 0, math.inf, [], None
         if o.resume:
             self.model.load_state_dict(start["model"])
             for optimizer, state in zip(self.optimizers, start["optimizers"], strict=True):
@@ -434,35 +376,24 @@ class Run:
         self.ddp = DistributedDataParallel(self.model) if self.processes > 1 else None
         self.net = torch.compile(self.ddp or self.model, disable=not o.compile)
 
-    def start_from(self, source):
-        """Take the weights of a trained model, and convert its attention if ours is another."""
-        if all(getattr(source.config, name) == getattr(self.config, name) for name in ("attn", "rank", "joint")):
-            self.model.load_state_dict(source.state_dict())
-        else:
-            rows = np.random.default_rng(self.options.seed).integers(len(self.starts), size=64)
-            self.model = convert(source, self.config, second_moments(source, self.train_batch(rows)[0]))
-
-    def train_batch(self, rows):
-        starts, size = self.starts[rows], self.config.block_size  # rows are full here: their last story may break off
-        return batch(
-            self.train_tokens, starts, np.minimum(size, len(self.train_tokens) - 1 - starts), size, self.device
-        )
-
     def step(self, step):
         """Forward, backward and update on the batches of this step. Only float16 waits for the device."""
-        o = self.options
+        o, size = self.options, self.config.block_size
         torch.manual_seed(o.seed + step * self.processes + self.process)  # dropout
         rows = np.random.default_rng((o.seed, step)).integers(len(self.starts), size=(o.grad_accum, o.batch_size))
         total = 0.0
         for i, chosen in enumerate(rows[:, self.process :: self.processes]):
             wait = self.ddp and i < o.grad_accum - 1  # processes add their gradients once
             with self.ddp.no_sync() if wait else nullcontext():
+                # these rows are full: their last story may break off
+                idx, targets = batch(self.train_tokens, self.starts[chosen], size, size, self.device)
                 with self.autocast:
-                    loss = self.net(*self.train_batch(chosen))[1] / o.grad_accum
+                    loss = self.net(idx, targets)[1] / o.grad_accum
                 self.scaler.scale(loss).backward()
             total += loss.detach()
         if self.ddp:
-            dist.all_reduce(total, dist.ReduceOp.AVG)
+            dist.all_reduce(total)
+            total /= self.processes
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
             for group in optimizer.param_groups:
@@ -492,34 +423,26 @@ class Run:
         nats = np.cumsum([0.0, *self.meta["val_nats"]])  # up to each end of a story
         return float(total) / count, float(np.interp(count, self.val_ends, nats)) / count
 
-    def over(self, val_loss, floor):
-        """Excess over the floor; of text without one, bits per byte, which do not depend on the tokenizer."""
+    def over_floor(self, val_loss, floor):
+        """Excess over the floor; for text without one, bits per byte, which do not depend on the tokenizer."""
         meta = self.meta
         return val_loss - floor if floor else val_loss * meta["val_tokens"] / meta["val_bytes"] / math.log(2)
 
-    def check(self, losses, step):
-        """Raise FloatingPointError if one of the losses before this step is not finite."""
-        for i, loss in enumerate(losses, start=step - len(losses)):
-            if not math.isfinite(loss):
-                best = self.out / "ckpt.pt"
-                kept = f"the best model so far is in {best}" if best.exists() else "there was no model to keep yet"
-                raise FloatingPointError(f"step {i}: loss is {loss}; {kept}; try a lower --lr than {self.options.lr}")
-
-    def save(self, step, losses=(), val_loss=None, floor=None):
+    def save(self, step, val_loss=None, floor=None):
         """Write last.pt; and if val_loss is given and the best so far, ckpt.pt."""
-        facts = dict(step=step, val_loss=val_loss, floor=floor, meta=self.facts, made_by=self.made_by, format=FORMAT)
-        checkpoint = {"model": self.model.state_dict(), "config": asdict(self.config), "options": vars(self.options)}
+        git = (
+            "git describe --always --dirty --abbrev=40 --exclude=*"  # in a shell, which says nothing if there is no git
+        )
+        made = subprocess.run(git, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+        checkpoint = dict(format=FORMAT, config=asdict(self.config), model=self.model.state_dict(), step=step)
+        checkpoint |= dict(val_loss=val_loss, floor=floor, meta=self.facts, options=vars(self.options))
+        checkpoint |= dict(made_by={"revision": made, "torch": str(torch.__version__)})
         if val_loss is not None and val_loss < self.best:
             self.best = val_loss
-            write(self.out / "ckpt.pt", checkpoint | facts)
-        state = dict(best=self.best, losses=list(losses), scaler=self.scaler.state_dict())
+            write(self.out / "ckpt.pt", checkpoint)
+        state = dict(best=self.best, losses=[float(loss) for loss in self.losses], scaler=self.scaler.state_dict())
         state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
-        write(self.out / "last.pt", checkpoint | facts | state)
-
-    def start_clock(self, step):
-        if self.losses:
-            self.losses[-1].item()  # waits for the device
-        self.clock, self.clocked = time.perf_counter(), step
+        write(self.out / "last.pt", checkpoint | state)
 
     def report(self, step):
         """Every eval_interval, and at the end: evaluate, print a line, log it, save. At times, snap the spectrum."""
@@ -530,64 +453,62 @@ class Run:
         if step % o.eval_interval and step != o.steps:
             return
         losses = [float(loss) for loss in self.losses]  # waits for the device
-        self.check(losses, step)
-        rate = (step - self.clocked) * self.tokens_per_step / (time.perf_counter() - self.clock) or None
-        mfu = rate and utilisation(self.model, rate / self.processes, self.device, o.dtype)
-        left = rate and f"{(o.steps - step) * self.tokens_per_step / rate / 60:.1f} min"
+        seconds, timed = time.perf_counter() - self.clock[0], step - self.clock[1]
+        rate = timed * self.tokens_per_step / seconds if timed else None
         val_loss, floor = self.evaluate(self.model, o.eval_steps)
-        self.check([val_loss], step + 1)
-        loss, over = sum(losses) / len(losses) if losses else None, self.over(val_loss, floor)
-        row = zip((loss, val_loss, over, rate, mfu, left), (".4f", ".4f", ".4f", ",.0f", ".0%", ""), strict=True)
-        tqdm.write(f"{step:7}" + "".join(("-" if x is None else format(x, style)).rjust(10) for x, style in row))
-        entry = {"step": step, "tokens": step * self.tokens_per_step, "loss": loss, "val_loss": val_loss}
-        entry |= {"excess": over if floor else None, "bits_per_byte": None if floor else over}
-        entry |= {"gradient_norm": self.norm and float(self.norm), "tokens_per_second": rate}
+        for i, loss in enumerate([*losses, val_loss], start=step - len(losses)):
+            if not math.isfinite(loss):
+                kept = "nothing was saved" if self.best == math.inf else f"the best model so far is {self.out}/ckpt.pt"
+                raise FloatingPointError(f"step {i}: loss is {loss}; {kept}; try a lower --lr than {o.lr}")
+        loss, over = sum(losses) / len(losses) if losses else None, self.over_floor(val_loss, floor)
+        gpu = torch.cuda.get_device_name(self.device) if self.device.startswith("cuda") else ""
+        peak = next((peaks[o.dtype == "float32"] * 1e12 for name, peaks in PEAK_TFLOPS.items() if name in gpu), None)
+        mfu = rate and peak and rate * flops_per_token(self.model) / (peak * self.processes)
+        left = rate and f"{(o.steps - step) * self.tokens_per_step / rate / 60:.1f} min"
+        cells = zip((loss, val_loss, over, rate, mfu, left), ".4f .4f .4f ,.0f .0% ".split(" "), strict=True)
+        print(f"{step:6}", *(f"{'-' if x is None else format(x, style):>9}" for x, style in cells), flush=True)
+        entry = dict(
+            step=step, tokens=step * self.tokens_per_step, loss=loss, val_loss=val_loss, tokens_per_second=rate
+        )
+        entry |= {"excess" if floor else "bits_per_byte": over, "gradient_norm": self.norm and float(self.norm)}
         with open(self.out / "log.jsonl", "a") as log:
             log.write(json.dumps(entry) + "\n")
         self.losses = []
-        self.save(step, val_loss=val_loss, floor=floor)
-        self.start_clock(step)
+        self.save(step, val_loss, floor)
+        self.clock = time.perf_counter(), step
 
     def train(self):
         """All steps, with a report every eval_interval. Ctrl-C and SIGTERM stop after the step that they meet.
 
         Returns the exit status: None if done, 130 if stopped."""
-        o, stop = self.options, []
+        o, stop, self.clock = self.options, [], (time.perf_counter(), self.first)
         if self.leader:
-            (shorten_logs(self.out, self.first) if o.resume else make_folder(self.out))
+            open_folder(self.out, self.first if o.resume else None)
             size = f"{sum(p.numel() for p in self.model.parameters()):,} parameters"
             print(f"{self.config.attn}, {size}; {self.device}, {o.dtype}; {self.tokens_per_step:,} tokens a step")
             over = "excess" if self.meta["val_nats"] else "bits/byte"
-            print("   step" + "".join(word.rjust(10) for word in ("loss", "val loss", over, "tokens/s", "MFU", "left")))
+            print("  step", *(f"{word:>9}" for word in ("loss", "val loss", over, "tokens/s", "MFU", "left")))
         handlers = {s: signal.signal(s, lambda s, _: stop.append(s)) for s in (signal.SIGINT, signal.SIGTERM)}
-        # disable=None: only on terminals
-        bar = tqdm(total=o.steps, initial=self.first, unit=" steps", leave=False, disable=None if self.leader else True)
-        self.start_clock(self.first)
-        try:
-            for step in range(self.first, o.steps + 1):
-                if self.leader and not (o.resume and step == self.first):  # that was saved after its report
-                    self.report(step)
-                if agree(bool(stop)) or step == o.steps:
-                    break
-                self.step(step)
-                bar.update()
-                if step == self.first:  # the first step compiles
-                    self.start_clock(step + 1)
-        finally:
-            bar.close()
-            for s, handler in handlers.items():
-                signal.signal(s, handler)
-        if not self.leader:
-            return 130 if step < o.steps else None
-        if step < o.steps:
-            losses = [float(loss) for loss in self.losses]
-            self.check(losses, step)
-            self.save(step, losses)
+        for step in range(self.first, o.steps + 1):
+            if self.leader and not (o.resume and step == self.first):  # that was saved after its report
+                self.report(step)
+            if agree(bool(stop)) or step == o.steps:
+                break
+            self.step(step)
+            if step == self.first:  # it compiled; wait for it, and start the clock
+                float(self.losses[-1])
+                self.clock = time.perf_counter(), step + 1
+        for s, handler in handlers.items():
+            signal.signal(s, handler)
+        if self.leader and step < o.steps:
+            self.save(step)
             print(f"stopped after {step} of {o.steps} steps; go on: python train.py --resume --out={self.out}")
-        draw(self.out, self.meta["floor"])
+        if self.leader:
+            draw(self.out, self.meta["floor"])
         if step < o.steps:
             return 130
-        self.finish()
+        if self.leader:
+            self.finish()
 
     def finish(self):
         """Last words: the best model on all of the validation data, its cache, a story, and what to try next."""
@@ -598,51 +519,27 @@ class Run:
         print(f"\nval loss {loss:.4f} nats per token on all {self.meta['val_stories']:,} validation stories")
         if floor:
             print(f"excess   {loss - floor:.4f} over the {floor:.4f} that the stories hold; a perfect model has 0")
-            self.report_recall(model.eval())
+            try:
+                found = recall(model.eval(), (self.meta, self.train_tokens, self.val_tokens))[1]
+                if found["recall"] is None:
+                    raise InputError("no story fits into the context")
+                print("         {lost:.4f} of it is lost at words that the story so far decides".format(**found))
+                print("recall   {recall:.1%} where a story asks for something; guessing ".format(**found), end="")
+                print("has {chance:.1%}, copying such words {copying:.1%}".format(**found))
+            except InputError as error:  # it may also be that the stories are of an older world
+                print(f"recall   is not known: {error}")
         else:
-            print(f"         {self.bits_per_byte(loss):.4f} bits per byte of text")
-        cached = model.kv_bytes_per_token(torch.bfloat16)
-        of_mha = config.n_layer * 2 * config.n_embd * torch.bfloat16.itemsize
-        change = cached / of_mha - 1
-        compared = f"{abs(change):.0%} {'less' if change < 0 else 'more'} than" if change else "as many as"
-        print(f"KV cache {cached:,} bytes per token in bfloat16, {compared} the {of_mha:,} of mha")
-        print(f"\n{wrap(tell(model, self.tokenizer, 'Once upon a time'))}\n")
+            print(f"         {self.over_floor(loss, floor):.4f} bits per byte of text")
+        cached, of_mha = model.kv_bytes_per_token(torch.bfloat16), config.n_layer * 2 * config.n_embd * 2
+        print(f"KV cache {cached:,} bytes per token in bfloat16; mha has {of_mha:,} ({cached / of_mha - 1:+.0%})")
+        print(f"\n{wrap(tell(model.eval(), load_tokenizer(self.meta['tokenizer']), 'Once upon a time'))}\n")
         other = "mla_decoupled" if config.attn != "mla_decoupled" else "mha_rope"
         print(f'next: python model.py {path} --prompt="One sunny day" --seed=1')
-        print(f"      python spectrum.py {path}")
         print(f"      python train.py --attn={other} --out={self.out}/{other}")
-
-    def report_recall(self, model, stories=300):
-        """How much of the excess is forgetting, and the words that are recalled, on some of the validation stories."""
-        try:
-            words, found = recall(model, (self.meta, self.train_tokens, self.val_tokens), stories)
-        except InputError as error:  # the stories are of an older world
-            print(f"recall   is not known: {error}")
-            return
-        if found["recall"] is None:
-            print("recall   is not known: no story fits into the context")
-            return
-        count, lost = len(np.unique(words["story"])), found["lost"]  # stories that fit into the context
-        print(f"         in {count} stories {lost:.4f} is lost at words that the story decides, ", end="")
-        print(f"{found['excess'] - lost:.4f} elsewhere")
-        print(
-            "recall   {recall:.1%} where a story asks for something; guessing has {chance:.1%}, ".format(**found),
-            end="",
-        )
-        print(f"copying such words {found['copying']:.1%}")
 
 
 def main():
-    given = parse_arguments()
-    try:
-        sys.exit(Run(given).train())
-    except RuntimeError as error:
-        if isinstance(error, dist.DistError) or "gloo" in str(error):  # nccl and gloo say so when the others are gone
-            raise OSError(f"another process ended, see its message: {str(error)[:100]}") from error
-        raise
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    sys.exit(Run(parse_arguments()).train())
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def fast_bfloat16(device):
     if device.startswith("cuda"):
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # missing in older versions of PyTorch
-    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+    return device == "cpu" and bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
 
 
 def load_tokenizer(name):

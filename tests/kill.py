@@ -67,9 +67,9 @@ def kill(times, seed=0, folder=None):
             assert gone[1] == 0, f"training failed with status {gone[1]}"
             ours, theirs = (load_checkpoint(run / "last.pt")[1] for run in (out, whole))
             assert all(torch.equal(ours["model"][name], theirs["model"][name]) for name in theirs["model"])
-            moments = ours["optimizer"]["state"]
-            for i, state in theirs["optimizer"]["state"].items():
-                assert all(torch.equal(moments[i][name], state[name]) for name in state)
+            for mine, other in zip(ours["optimizers"], theirs["optimizers"], strict=True):
+                for i, state in other["state"].items():
+                    assert all(torch.equal(mine["state"][i][name], state[name]) for name in state)
             assert log_of(out) == log_of(whole)
             shutil.rmtree(out)
             ended, saved, out = ended + 1, -1, folder / f"run-{ended + 1}"
