@@ -161,9 +161,9 @@ def test_the_learning_rate_rises_to_its_peak_and_falls_to_zero(steps, warmup):
     options = argparse.Namespace(lr=2.0, steps=steps, warmup=warmup)
     rates = [train.learning_rate(step, options) for step in range(steps)]
     top = rates.index(max(rates))
-    assert 0 < min(rates) and max(rates) <= 2.0
+    assert 0 < min(rates) and max(rates) <= 2.0  # the last step still moves
     assert rates[: top + 1] == sorted(rates[: top + 1]) and rates[top:] == sorted(rates[top:], reverse=True)
-    assert warmup > 0.9 or rates[-1] <= 2.0 / (steps - round(warmup * steps))
+    assert rates[-1] <= 2.0 / max(1, steps - round(warmup * steps))
     assert steps < 20 or max(rates) > 1.8
 
 
