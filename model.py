@@ -47,10 +47,10 @@ LEARNED = ("mha", "mla")  # learn a table of positions; the others use RoPE
 ABSORBS = ("mla", "mla_prerope", "mla_decoupled")
 JOINS = ("mla", "mla_rope", "mla_decoupled")  # not mla_prerope, where values would come from rotated keys
 ALLOWED_WITH = dict(rank=("gqa", *MLA), joint=JOINS, latent_norm=MLA, q_rank=MLA, rope_dim=("mla_decoupled",))
-FORMAT = "nanoMLA checkpoint 2"
+FORMAT = "nanoMLA checkpoint 3"
 Linear = partial(nn.Linear, bias=False)
 SIZES = {
-    "tiny": dict(n_layer=4, n_head=4, n_embd=256, block_size=320),
+    "tiny": dict(n_layer=4, n_head=2, n_embd=128, block_size=320),
     "30m": dict(n_layer=9, n_head=8, n_embd=512, block_size=512),
     "124m": dict(n_layer=12, n_head=12, n_embd=768, block_size=1024),
     "200m": dict(n_layer=12, n_head=16, n_embd=1024, block_size=1024),

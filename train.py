@@ -119,6 +119,8 @@ def read_start(given):
     """The checkpoint of --resume or --init_from, or None; and the flags, with those that the checkpoint decides."""
     if given.get("resume"):
         start = load_checkpoint(Path(given.get("out", "out")) / "last.pt")[1]
+        if "optimizers" not in start:
+            raise InputError("--resume: last.pt holds a model, but not the state of a run; use --init_from")
         saved = start["options"] | ({"compile": None} if "device" in given else {})
         fixed = saved.keys() - {"resume", "out", "device", "compile"}
     elif given.get("init_from"):
@@ -265,7 +267,7 @@ def learning_rate(step, o):
 
 
 def flops_per_token(model):
-    """Of a training step: 6 per weight (the embedding is the output head) and 12 per number of the keys attended to, on
+    """FLOPs of training: 6 per weight (the embedding is the output head) and 12 per number of the keys attended to, on
     average half the context (Chowdhery et al. 2022, appendix B)."""
     c = model.config
     return 6 * sum(p.numel() for p in model.parameters()) + 6 * c.n_layer * c.n_embd * c.block_size
@@ -325,7 +327,7 @@ class Run:
 
     def __init__(self, given):
         self.options, self.config, start = resolve(given)  # wrong flags are told before any data is made
-        o, config, self.out = self.options, self.config, Path(self.options.out)
+        o, config, size, self.out = self.options, self.config, self.config.block_size, Path(self.options.out)
         self.device, self.process, self.processes = set_up_device(o)
         self.leader = self.process == 0  # it alone reports and writes
         folder = DATA / o.data if (DATA / o.data / "meta.json").exists() or o.data == "stories" else Path(o.data)
@@ -338,13 +340,13 @@ class Run:
             raise InputError(f"--resume: --data={o.data} is not what the run was trained on")
         if start and start["meta"]["tokenizer"] != self.meta["tokenizer"]:
             raise InputError(f"--data={o.data}: must have the tokens of {o.init_from}: {start['meta']['tokenizer']}")
-        if (there := len(self.train_tokens) - 1) < config.block_size:
-            raise InputError(f"--block_size={config.block_size}: there are only {there} tokens to train on")
+        if (there := len(self.train_tokens) - 1) < size:
+            raise InputError(f"--block_size={size}: there are only {there} tokens to train on")
         config.vocab_size, end = self.meta["vocab_size"], self.meta["end"]
-        self.starts, _ = story_rows(self.train_tokens, end, config.block_size)
-        self.val_rows = story_rows(self.val_tokens, end, config.block_size)
+        self.starts, _ = story_rows(self.train_tokens, end, size)
+        self.val_rows = story_rows(self.val_tokens, end, size)
         self.val_ends = np.flatnonzero(self.val_tokens == end)
-        self.tokens_per_step = o.batch_size * o.grad_accum * config.block_size
+        self.tokens_per_step = o.batch_size * o.grad_accum * size
 
         torch.manual_seed(o.seed)
         kind = self.device.split(":")[0]
@@ -357,13 +359,8 @@ class Run:
                 self.model.load_state_dict(source.state_dict())
             else:
                 rows = self.starts[np.random.default_rng(o.seed).integers(len(self.starts), size=64)]
-                self.model = convert(
-                    source,
-                    config,
-                    second_moments(
-                        source, batch(self.train_tokens, rows, config.block_size, config.block_size, self.device)[0]
-                    ),
-                )
+                idx, _ = batch(self.train_tokens, rows, size, size, self.device)
+                self.model = convert(source, config, second_moments(source, idx))
         self.optimizers = make_optimizers(self.model, o)
         self.first, self.best, self.losses, self.norm = 0, math.inf, [], None
         if o.resume:
@@ -430,9 +427,7 @@ class Run:
 
     def save(self, step, val_loss=None, floor=None):
         """Write last.pt; and if val_loss is given and the best so far, ckpt.pt."""
-        git = (
-            "git describe --always --dirty --abbrev=40 --exclude=*"  # in a shell, which says nothing if there is no git
-        )
+        git = "git describe --always --dirty --abbrev=40 --exclude=*"  # by a shell: without git there is no error
         made = subprocess.run(git, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
         checkpoint = dict(format=FORMAT, config=asdict(self.config), model=self.model.state_dict(), step=step)
         checkpoint |= dict(val_loss=val_loss, floor=floor, meta=self.facts, options=vars(self.options))
@@ -526,7 +521,7 @@ class Run:
                 print("         {lost:.4f} of it is lost at words that the story so far decides".format(**found))
                 print("recall   {recall:.1%} where a story asks for something; guessing ".format(**found), end="")
                 print("has {chance:.1%}, copying such words {copying:.1%}".format(**found))
-            except InputError as error:  # it may also be that the stories are of an older world
+            except InputError as error:  # or the stories are of another version of the world
                 print(f"recall   is not known: {error}")
         else:
             print(f"         {self.over_floor(loss, floor):.4f} bits per byte of text")
