@@ -303,7 +303,7 @@ def open_folder(out, resumed_at):
             file.rename(previous / file.name)
 
 
-def draw(out, floor):
+def draw(out):
     """log.jsonl -> train.png: loss and val loss against tokens, and the floor, which is a perfect model's loss."""
     from matplotlib.figure import Figure  # here, because it takes a second to import
 
@@ -312,7 +312,8 @@ def draw(out, floor):
     axes = figure.subplots()
     for name, label in (("loss", "training, mean since the last point"), ("val_loss", "validation")):
         axes.plot([e["tokens"] / 1e6 for e in log], [e[name] or math.nan for e in log], "o-", ms=3, label=label)
-    if floor:
+    if "excess" in log[0]:
+        floor = log[0]["val_loss"] - log[0]["excess"]
         axes.axhline(floor, color="k", linewidth=1, label=f"floor, {floor:.3f}")
     axes.set(xlabel="million tokens", ylabel="loss, nats per token", yscale="log")
     axes.yaxis.set_major_formatter("{x:g}")
@@ -342,7 +343,10 @@ class Run:
             raise InputError(f"--data={o.data}: must have the tokens of {o.init_from}: {start['meta']['tokenizer']}")
         if (there := len(self.train_tokens) - 1) < size:
             raise InputError(f"--block_size={size}: there are only {there} tokens to train on")
-        config.vocab_size, end = self.meta["vocab_size"], self.meta["end"]
+        self.tokenizer, end = load_tokenizer(self.meta["tokenizer"]), self.meta["end"]
+        config.vocab_size = self.tokenizer.n_vocab
+        if config.vocab_size != self.meta["vocab_size"]:
+            raise InputError(f"--data={o.data}: is of another version; make it again with data/prepare.py")
         self.starts, _ = story_rows(self.train_tokens, end, size)
         self.val_rows = story_rows(self.val_tokens, end, size)
         self.val_ends = np.flatnonzero(self.val_tokens == end)
@@ -499,7 +503,7 @@ class Run:
             self.save(step)
             print(f"stopped after {step} of {o.steps} steps; go on: python train.py --resume --out={self.out}")
         if self.leader:
-            draw(self.out, self.meta["floor"])
+            draw(self.out)
         if step < o.steps:
             return 130
         if self.leader:
@@ -527,7 +531,7 @@ class Run:
             print(f"         {self.over_floor(loss, floor):.4f} bits per byte of text")
         cached, of_mha = model.kv_bytes_per_token(torch.bfloat16), config.n_layer * 2 * config.n_embd * 2
         print(f"KV cache {cached:,} bytes per token in bfloat16; mha has {of_mha:,} ({cached / of_mha - 1:+.0%})")
-        print(f"\n{wrap(tell(model.eval(), load_tokenizer(self.meta['tokenizer']), 'Once upon a time'))}\n")
+        print(f"\n{wrap(tell(model.eval(), self.tokenizer, 'Once upon a time'))}\n")
         other = "mla_decoupled" if config.attn != "mla_decoupled" else "mha_rope"
         print(f'next: python model.py {path} --prompt="One sunny day" --seed=1')
         print(f"      python train.py --attn={other} --out={self.out}/{other}")
