@@ -31,7 +31,7 @@ from model import ATTN, FORMAT, GPT, LEARNED, MLA, SIZES, GPTConfig, load_checkp
 from spectrum import snapshot
 
 BUDGETS = {  # the training that suits a size. Only tiny has been run
-    "tiny": dict(batch_size=8, steps=1800, lr=dict(muon=8e-3, adamw=4e-3)),
+    "tiny": dict(batch_size=8, steps=1900, lr=dict(muon=8e-3, adamw=4e-3)),
     "30m": dict(batch_size=64, steps=5000, lr=dict(muon=4e-3, adamw=1e-3)),
     "124m": dict(batch_size=64, steps=10000, lr=dict(muon=3e-3, adamw=6e-4)),
     "200m": dict(batch_size=64, steps=10000, lr=dict(muon=2e-3, adamw=5e-4)),
@@ -257,7 +257,10 @@ def make_optimizers(model, o):
     adamw = torch.optim.AdamW([decayed, {"params": gains, "weight_decay": 0.0}], betas=(0.9, 0.95), fused=True)
     if not muon:
         return [adamw]
-    return [torch.optim.Muon(matrices, weight_decay=o.weight_decay, adjust_lr_fn="match_rms_adamw"), adamw]
+    return [
+        torch.optim.Muon(matrices, weight_decay=o.weight_decay, momentum=0.8, adjust_lr_fn="match_rms_adamw"),
+        adamw,
+    ]
 
 
 def learning_rate(step, o):

@@ -9,8 +9,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 scale=${1-}
 case $scale in
-cpu) flags="--size=tiny --batch_size=4 --steps=1000 --lr=0.003" rates="0.00075 0.0015 0.006" jobs=$(nproc) ;;
-gpu) flags="--size=30m --batch_size=64 --steps=800 --lr=0.001" rates="0.0005 0.002" jobs=1 ;;
+cpu) flags="--size=tiny --n_embd=256 --n_head=4 --optimizer=adamw --batch_size=4 --steps=1000 --lr=0.003" rates="0.00075 0.0015 0.006" jobs=$(nproc) ;;
+gpu) flags="--size=30m --optimizer=adamw --batch_size=64 --steps=800 --lr=0.001" rates="0.0005 0.002" jobs=1 ;;
 *) echo "study.sh: '$scale': must be cpu or gpu" >&2 && exit 2 ;;
 esac
 export out=study/$scale flags="$flags ${*:2}"
