@@ -31,7 +31,7 @@ from model import ATTN, FORMAT, GPT, LEARNED, MLA, SIZES, GPTConfig, load_checkp
 from spectrum import snapshot
 
 BUDGETS = {  # the training that suits a size. Only tiny has been run
-    "tiny": dict(batch_size=8, steps=1900, lr=dict(muon=8e-3, adamw=4e-3)),
+    "tiny": dict(batch_size=8, steps=2000, lr=dict(muon=8e-3, adamw=4e-3)),
     "30m": dict(batch_size=64, steps=5000, lr=dict(muon=4e-3, adamw=1e-3)),
     "124m": dict(batch_size=64, steps=10000, lr=dict(muon=3e-3, adamw=6e-4)),
     "200m": dict(batch_size=64, steps=10000, lr=dict(muon=2e-3, adamw=5e-4)),
@@ -67,8 +67,8 @@ FLAGS = {  # name: type or choices, default, help. resolve() replaces a default 
         "muon for the matrices inside blocks and adamw for the rest; or only adamw",
     ),
     "lr": (float, None, "peak of the learning rate (default: by size and optimizer)"),
-    "warmup": (float, 0.05, "share of the steps until the peak; then the rate falls linearly to zero"),
-    "weight_decay": (float, 0.1, "of matrices"),
+    "warmup": (float, 0.02, "share of the steps until the peak; then the rate falls linearly to zero"),
+    "weight_decay": (float, 0.0, "of matrices"),
     "grad_clip": (float, 1.0, "maximum norm of the gradient"),
     "eval_interval": (int, None, "steps between evaluations (default: a twentieth of all)"),
     "eval_steps": (int, 8, "batches of an evaluation; the last evaluation takes all validation data"),
@@ -254,7 +254,7 @@ def make_optimizers(model, o):
     gains = [p for p in model.parameters() if p.dim() == 1]
     muon = o.optimizer == "muon"
     decayed = {"params": embeddings if muon else embeddings + matrices, "weight_decay": o.weight_decay}
-    adamw = torch.optim.AdamW([decayed, {"params": gains, "weight_decay": 0.0}], betas=(0.9, 0.95), fused=True)
+    adamw = torch.optim.AdamW([decayed, {"params": gains, "weight_decay": 0.0}], betas=(0.9, 0.99), fused=True)
     if not muon:
         return [adamw]
     return [
