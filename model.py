@@ -416,8 +416,11 @@ def load_checkpoint(path, device="cpu"):
         raise InputError(f"{path}: not a checkpoint ({getattr(error, 'strerror', type(error).__name__)})") from error
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise InputError(f"{path}: not a {FORMAT}; those of other versions do not load: train the model again")
-    model = GPT(GPTConfig(**checkpoint["config"]))
-    model.load_state_dict(checkpoint["model"])
+    try:
+        model = GPT(GPTConfig(**checkpoint["config"]))
+        model.load_state_dict(checkpoint["model"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{path}: damaged ({type(error).__name__})") from error
     return model.to(device).eval(), checkpoint
 
 
