@@ -407,8 +407,7 @@ class GPT(nn.Module):
 
 
 def load_checkpoint(path, device="cpu"):
-    """Read a file of train.py -> the model in eval mode, and all that the file holds. Unpickles only tensors and plain
-    values. Raises InputError if the file is missing, damaged or foreign."""
+    """A file of train.py -> its model in eval mode, and all it holds. InputError if it is missing, damaged or foreign."""
     try:
         with warnings.catch_warnings(action="ignore"):  # PyTorch's, about files that are no checkpoints
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
