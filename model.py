@@ -407,7 +407,7 @@ class GPT(nn.Module):
 
 
 def load_checkpoint(path, device="cpu"):
-    """A file of train.py -> its model in eval mode, and all it holds. InputError if it is missing, damaged or foreign."""
+    """A file of train.py -> its model in eval mode, and all it holds. InputError if missing, damaged or foreign."""
     try:
         with warnings.catch_warnings(action="ignore"):  # PyTorch's, about files that are no checkpoints
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
