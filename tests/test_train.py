@@ -285,7 +285,7 @@ def same(a, b):
 
 
 @given(data=st.data())
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 def test_a_stopped_run_goes_on_as_if_nothing_had_happened(stories, tmp_path_factory, data):
     """Stop by Ctrl-C at any step, resume: bit for bit the weights, optimizers, log, spectra of a run that is not."""
     steps, interval = 7, data.draw(st.integers(1, 8))
