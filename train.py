@@ -68,13 +68,13 @@ FLAGS = {  # name: type or choices, default, help. resolve() replaces a default 
     ),
     "lr": (float, None, "peak of the learning rate (default: by size and optimizer)"),
     "warmup": (float, 0.02, "share of the steps until the peak; then the rate falls linearly to zero"),
-    "weight_decay": (float, 0.0, "of matrices"),
+    "weight_decay": (float, 0.0, "weight decay on matrices"),
     "grad_clip": (float, 1.0, "maximum norm of the gradient"),
     "eval_interval": (int, None, "steps between evaluations (default: a twentieth of all)"),
     "eval_steps": (int, 8, "batches of an evaluation; the last evaluation takes all validation data"),
-    "seed": (int, 0, "of weights, batches and dropout"),
+    "seed": (int, 0, "seed of weights, batches and dropout"),
     "device": (str, None, "cpu, mps, cuda, cuda:1, ... (default: cuda if there is one, else mps, else cpu)"),
-    "dtype": (("bfloat16", "float16", "float32"), None, "of matrix products (default: 16 bits where they are fast)"),
+    "dtype": (("bfloat16", "float16", "float32"), None, "precision of matrix products (default: 16 bits where fast)"),
     "compile": (bool, None, "torch.compile the model (default: on cuda)"),
 }
 CONVERTS = {"mha": "mla", "mha_rope": "mla_rope", "gqa": "mla_rope", "mla": "mla", "mla_rope": "mla_rope"}
@@ -121,7 +121,7 @@ def read_start(given):
         start = load_checkpoint(Path(given.get("out", "out")) / "last.pt")[1]
         if "optimizers" not in start:
             raise InputError("--resume: last.pt holds a model, but not the state of a run; use --init_from")
-        saved = start["options"] | ({"compile": None} if "device" in given else {})
+        saved = start["options"] | {"out": "out"} | ({"compile": None} if "device" in given else {})
         fixed = saved.keys() - {"resume", "out", "device", "compile"}
     elif given.get("init_from"):
         start = load_checkpoint(given["init_from"])[1]
@@ -184,7 +184,7 @@ def story_rows(tokens, end, length):
 
 
 def batch(tokens, starts, lengths, block_size, device):
-    """Rows that begin at `starts` -> idx, targets (B, block_size), int64; targets behind the end of a row are -1."""
+    """Rows that begin at `starts` -> idx, targets (B, block_size), int64; targets past the end of a row are -1."""
     positions = np.minimum(starts[:, None] + np.arange(block_size + 1), len(tokens) - 1)
     rows = torch.from_numpy(tokens[positions].astype(np.int64))
     idx, targets = rows[:, :-1].contiguous(), rows[:, 1:].clone()
@@ -294,7 +294,7 @@ def open_folder(out, resumed_at):
     run: one that was killed may have logged more than it saved."""
     out.mkdir(parents=True, exist_ok=True)
     if resumed_at is not None:
-        for log in out.glob("*.jsonl"):
+        for log in (out / "log.jsonl", out / "spectrum.jsonl"):
             lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
             log.write_text("".join(line for line in lines if json.loads(line)["step"] <= resumed_at))
         return
@@ -387,8 +387,8 @@ class Run:
         rows = np.random.default_rng((o.seed, step)).integers(len(self.starts), size=(o.grad_accum, o.batch_size))
         total = 0.0
         for i, chosen in enumerate(rows[:, self.process :: self.processes]):
-            wait = self.ddp and i < o.grad_accum - 1  # processes add their gradients once
-            with self.ddp.no_sync() if wait else nullcontext():
+            last = i == o.grad_accum - 1  # processes add their gradients once, at the end
+            with self.ddp.no_sync() if self.ddp and not last else nullcontext():
                 # these rows are full: their last story may break off
                 idx, targets = batch(self.train_tokens, self.starts[chosen], size, size, self.device)
                 with self.autocast:
@@ -447,7 +447,7 @@ class Run:
         write(self.out / "last.pt", checkpoint | state)
 
     def report(self, step):
-        """Every eval_interval, and at the end: evaluate, print a line, log it, save. At times, snap the spectrum."""
+        """Every eval_interval, and at the end: evaluate, print a line, log it, save. At times, log the spectrum."""
         o = self.options
         if step in {round(o.steps * (i / 20) ** 2) for i in range(21)}:  # dense at the start, where spectra change most
             with open(self.out / "spectrum.jsonl", "a") as file:
@@ -480,7 +480,7 @@ class Run:
         self.clock = time.perf_counter(), step
 
     def train(self):
-        """All steps, with a report every eval_interval. Ctrl-C and SIGTERM stop after the step that they meet.
+        """All steps, with a report every eval_interval. Ctrl-C and SIGTERM stop after the current step.
 
         Returns the exit status: None if done, 130 if stopped."""
         o, stop, self.clock = self.options, [], (time.perf_counter(), self.first)
@@ -500,13 +500,15 @@ class Run:
             if step == self.first:  # it compiled; wait for it, and start the clock
                 float(self.losses[-1])
                 self.clock = time.perf_counter(), step + 1
-        for s, handler in handlers.items():
-            signal.signal(s, handler)
         if self.leader and step < o.steps:
+            if not all(math.isfinite(loss) for loss in self.losses):
+                raise FloatingPointError(f"the loss was not finite when stopped; {self.out}/last.pt is of before")
             self.save(step)
             print(f"stopped after {step} of {o.steps} steps; go on: python train.py --resume --out={self.out}")
         if self.leader:
             draw(self.out)
+        for s, handler in handlers.items():  # only now: a second Ctrl-C must not interrupt saving
+            signal.signal(s, handler)
         if step < o.steps:
             return 130
         if self.leader:
