@@ -122,7 +122,7 @@ def read_start(given):
         if "optimizers" not in start:
             raise InputError("--resume: last.pt holds a model, but not the state of a run; use --init_from")
         saved = start["options"] | {"out": "out"} | ({"compile": None} if "device" in given else {})
-        fixed = saved.keys() - {"resume", "out", "device", "compile"}
+        fixed = saved.keys() - {"resume", "out", "data", "device", "compile"}
     elif given.get("init_from"):
         start = load_checkpoint(given["init_from"])[1]
         saved = {name: value for name, value in start["config"].items() if name in FLAGS and name != "dropout"}
@@ -342,7 +342,7 @@ class Run:
         self.facts = {key: value for key, value in self.meta.items() if key != "val_nats"}
         if o.resume and start["meta"] != self.facts:
             raise InputError(f"--resume: --data={o.data} is not what the run was trained on")
-        if start and start["meta"]["tokenizer"] != self.meta["tokenizer"]:
+        if start and any(start["meta"][name] != self.meta[name] for name in ("tokenizer", "vocab_size")):
             raise InputError(f"--data={o.data}: must have the tokens of {o.init_from}: {start['meta']['tokenizer']}")
         if (there := len(self.train_tokens) - 1) < size:
             raise InputError(f"--block_size={size}: there are only {there} tokens to train on")

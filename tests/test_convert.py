@@ -233,9 +233,11 @@ def test_what_cannot_be_taken_over_is_refused_in_one_line(source, flags, says, t
     assert not (tmp_path / "out").exists()
 
 
-def test_other_tokens_are_refused(trained, tmp_path, call, monkeypatch):
+@pytest.mark.parametrize("changed", [{"tokenizer": "gpt2"}, {"vocab_size": 2384}])
+def test_other_tokens_are_refused(changed, trained, tmp_path, call):
     data = prepare(stories=40, root=tmp_path)
     meta = json.loads((data / "meta.json").read_text())
-    (data / "meta.json").write_text(json.dumps(meta | {"tokenizer": "gpt2"}))
+    assert meta["vocab_size"] == 2383
+    (data / "meta.json").write_text(json.dumps(meta | changed))
     status, _, err = call(train.main, f"--init_from={trained['mha']}/ckpt.pt", f"--data={data}", f"--out={tmp_path}/o")
     assert status == 2 and re.search("--data=.*tokens of .*stories", err) and err.count("\n") == 1

@@ -403,9 +403,13 @@ def test_resuming_on_other_data_is_refused(start, stories, tmp_path, call):
     data = tmp_path / "copy"
     shutil.copytree(stories, data)
     out = start(*SMALL, f"--data={data}", "--steps=2")
+    moved = data.rename(tmp_path / "moved")
+    status, *_ = call(train.main, f"--out={out}", "--resume", f"--data={moved}")
+    assert status == 0  # the same data in another place
+    moved.rename(data)
     meta = json.loads((data / "meta.json").read_text())
     (data / "meta.json").write_text(json.dumps(meta | {"seed": 5}))
-    status, _, line = call(train.main, f"--out={out}", "--resume")
+    status, _, line = call(train.main, f"--out={out}", "--resume", f"--data={data}")
     assert status == 2 and str(data) in line
 
 
