@@ -1,8 +1,8 @@
-"""Train a GPT with any attention on stories, from scratch or from a trained model, whose attention can be converted.
+"""Train a GPT on stories, with any attention; or continue from a trained model, whose attention can be converted.
 
-Runs on a CPU, a Mac, a GPU, or several GPUs under torchrun. Into --out go ckpt.pt (the best model so far), last.pt (for
---resume), log.jsonl, train.png, and spectrum.jsonl (snapshots of the spectrum of W_Q W_K^T). A step depends only on the
-options, the weights and its number, so a run that was stopped and resumed is the same run.
+Runs on a CPU, a Mac, a GPU, or several GPUs under torchrun. Writes to --out: ckpt.pt (the best model so far), last.pt
+(for --resume), log.jsonl, train.png, and spectrum.jsonl (snapshots of the spectrum of W_Q W_K^T). A step depends only
+on the options, the weights and its number, so a run that was stopped and resumed ends like one that was not.
 """
 
 import copy
@@ -30,13 +30,13 @@ from data.prepare import prepare
 from model import ATTN, FORMAT, GPT, LEARNED, MLA, SIZES, GPTConfig, load_checkpoint, tell
 from spectrum import snapshot
 
-BUDGETS = {  # the training that suits a size. Only tiny has been run
+BUDGETS = {  # a training budget for each size. Only tiny has been run
     "tiny": dict(batch_size=8, steps=2000, lr=dict(muon=8e-3, adamw=4e-3)),
     "30m": dict(batch_size=64, steps=5000, lr=dict(muon=4e-3, adamw=1e-3)),
     "124m": dict(batch_size=64, steps=10000, lr=dict(muon=3e-3, adamw=6e-4)),
     "200m": dict(batch_size=64, steps=10000, lr=dict(muon=2e-3, adamw=5e-4)),
 }
-FLAGS = {  # name: type or choices, default, help. resolve() replaces a default of None, as the help says
+FLAGS = {  # name: type or choices, default, help. A default of None depends on other flags; resolve() fills it in
     "attn": (ATTN, "mha_rope", "attention"),
     "rank": (float, None, "latent width / n_embd; for gqa, key heads / n_head (default: 0.5 where it applies)"),
     "joint": (bool, False, "one latent for keys and values (mla, mla_rope, mla_decoupled)"),
@@ -52,31 +52,25 @@ FLAGS = {  # name: type or choices, default, help. resolve() replaces a default 
     "dropout": (float, 0.0, "share of activations that training sets to zero"),
     "data": (str, "stories", "a folder that data/prepare.py made: its name in data/, or a path"),
     "out": (str, "out", "folder for checkpoints and logs"),
-    "init_from": (
-        str,
-        None,
-        "start from this checkpoint, converted to another --attn, --rank, --joint (default: none)",
-    ),
+    "init_from": (str, None, "start from a checkpoint, converted if --attn, --rank or --joint differ (default: none)"),
     "resume": (bool, False, "continue the run in --out where it stopped"),
     "steps": (int, None, "optimizer steps; 0 evaluates and saves (default: by size)"),
     "batch_size": (int, None, "sequences in a batch, all processes together (default: by size)"),
     "grad_accum": (int, 1, "batches per step"),
-    "optimizer": (
-        ("muon", "adamw"),
-        "muon",
-        "muon for the matrices inside blocks and adamw for the rest; or only adamw",
-    ),
+    "optimizer": (("muon", "adamw"), "muon", "muon for the matrices of blocks, adamw for the rest; or adamw for all"),
     "lr": (float, None, "peak of the learning rate (default: by size and optimizer)"),
     "warmup": (float, 0.02, "share of the steps until the peak; then the rate falls linearly to zero"),
     "weight_decay": (float, 0.0, "weight decay on matrices"),
     "grad_clip": (float, 1.0, "maximum norm of the gradient"),
-    "eval_interval": (int, None, "steps between evaluations (default: a twentieth of all)"),
+    "eval_interval": (int, None, "steps between evaluations (default: steps / 20)"),
     "eval_steps": (int, 8, "batches of an evaluation; the last evaluation takes all validation data"),
     "seed": (int, 0, "seed of weights, batches and dropout"),
     "device": (str, None, "cpu, mps, cuda, cuda:1, ... (default: cuda if there is one, else mps, else cpu)"),
     "dtype": (("bfloat16", "float16", "float32"), None, "precision of matrix products (default: 16 bits where fast)"),
     "compile": (bool, None, "torch.compile the model (default: on cuda)"),
 }
+LEAST = dict(batch_size=1, grad_accum=1, eval_interval=1, eval_steps=1, block_size=16, grad_clip=1e-9)
+LEAST |= dict(steps=0, lr=0, warmup=0, weight_decay=0, seed=0)
 CONVERTS = {"mha": "mla", "mha_rope": "mla_rope", "gqa": "mla_rope", "mla": "mla", "mla_rope": "mla_rope"}
 PEAK_TFLOPS = {"H100": (989, 495), "H200": (989, 495), "A100": (312, 156), "L40S": (362, 183), "T4": (65, 8)}
 
@@ -93,7 +87,7 @@ def parse_arguments(arguments=None):
 
 
 def resolve(given):
-    """Flags as given -> every option with its value, the GPTConfig (but for vocab_size), the checkpoint to start from.
+    """Flags as given -> all options, the GPTConfig (vocab_size comes later), the checkpoint to start from or None.
     Raises InputError for a flag that is out of range, or does not fit another flag or the checkpoint."""
     start, given = read_start(given)
     best_device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -101,35 +95,32 @@ def resolve(given):
     kind = device.split(":")[0]
     size = given.get("size") or ("tiny" if kind == "cpu" else "30m")
     defaults = {name: default for name, (_, default, _) in FLAGS.items()} | SIZES[size] | BUDGETS[size]
+    defaults |= dict(lr=BUDGETS[size]["lr"][given.get("optimizer", "muon")], compile=kind == "cuda")
     o = Namespace(**defaults | given | {"device": device, "size": size})
-    o.lr = o.lr[o.optimizer] if isinstance(o.lr, dict) else o.lr
     o.eval_interval = max(1, o.steps // 20) if o.eval_interval is None else o.eval_interval
-    o.compile = kind == "cuda" if o.compile is None else o.compile
     o.dtype = o.dtype or ("bfloat16" if fast_bfloat16(device) else "float16" if kind == "cuda" else "float32")
-    least = dict(batch_size=1, grad_accum=1, eval_interval=1, eval_steps=1, block_size=16, grad_clip=1e-9)
-    for name, low in (least | dict(steps=0, lr=0, warmup=0, weight_decay=0, seed=0)).items():
-        if not low <= getattr(o, name) < 2**32:
-            raise InputError(f"--{name}={getattr(o, name)}: must be at least {low} and less than 2**32")
+    for name, least in LEAST.items():
+        if not least <= getattr(o, name) < 2**32:
+            raise InputError(f"--{name}={getattr(o, name)}: must be at least {least} and less than 2**32")
     config = GPTConfig(**{name: value for name, value in vars(o).items() if name in GPTConfig.__dataclass_fields__})
     vars(o).update({name: value for name, value in asdict(config).items() if name in FLAGS})
     return o, config, start
 
 
 def read_start(given):
-    """The checkpoint of --resume or --init_from, or None; and the flags, with those that the checkpoint decides."""
+    """The checkpoint of --resume or --init_from, or None; and the flags, completed by what the checkpoint fixes."""
     if given.get("resume"):
         start = load_checkpoint(Path(given.get("out", "out")) / "last.pt")[1]
         if "optimizers" not in start:
             raise InputError("--resume: last.pt holds a model, but not the state of a run; use --init_from")
-        saved = start["options"] | {"out": "out"} | ({"compile": None} if "device" in given else {})
-        fixed = saved.keys() - {"resume", "out", "data", "device", "compile"}
+        saved, free = start["options"] | {"out": "out"}, {"resume", "out", "data", "device", "compile"}
     elif given.get("init_from"):
         start = load_checkpoint(given["init_from"])[1]
         saved = {name: value for name, value in start["config"].items() if name in FLAGS and name != "dropout"}
-        fixed = saved.keys() - {"attn", "rank", "joint", saved["attn"] not in LEARNED and "block_size"}
+        free = {"attn", "rank", "joint"} | (set() if saved["attn"] in LEARNED else {"block_size"})
     else:
         return None, given
-    for name in fixed & given.keys():
+    for name in saved.keys() - free & given.keys():
         if given[name] != saved[name]:
             raise InputError(f"--{name}={given[name]}: the checkpoint has {saved[name]}; leave that flag out")
     new, room = saved | given, (saved["rank"] or 1) * (2 if given.get("joint") and not saved["joint"] else 1)
@@ -158,7 +149,7 @@ def set_up_device(o):
 
 
 def agree(flag):
-    """Is the flag true in any process? The processes wait for each other here, but not for their devices."""
+    """True if any process passes True. Blocks until all have arrived, but not until their devices have."""
     if not dist.is_initialized():
         return flag
     count = torch.tensor(float(flag))
@@ -170,25 +161,19 @@ def agree(flag):
 
 
 def story_rows(tokens, end, length):
-    """Cut a stream of stories into rows of at most `length` tokens to predict -> their starts and lengths, int64.
-
-    A row begins where a story does, and holds as many stories as fit: each is read from its first word on. Only a story
-    that is longer than a row goes on in the next one."""
+    """Where rows of at most `length` tokens to predict begin, and their lengths (int64): one row for each story, or
+    several if it is longer. A row begins with the <|endoftext|> before its story."""
     ends = np.flatnonzero(tokens == end)
-    starts, start, last = [0], 0, len(tokens) - 1
-    while start + length < last:
-        story = ends[np.searchsorted(ends, start + length, side="right") - 1]  # the last that begins within reach
-        start = int(story) if story > start else start + length
-        starts.append(start)
-    return np.array(starts), np.diff([*starts, last])
+    starts = np.concatenate([np.arange(*story, length) for story in itertools.pairwise(ends)])
+    return starts, np.diff(starts, append=ends[-1])
 
 
-def batch(tokens, starts, lengths, block_size, device):
-    """Rows that begin at `starts` -> idx, targets (B, block_size), int64; targets past the end of a row are -1."""
-    positions = np.minimum(starts[:, None] + np.arange(block_size + 1), len(tokens) - 1)
-    rows = torch.from_numpy(tokens[positions].astype(np.int64))
+def batch(tokens, starts, lengths, device):
+    """Rows of tokens -> idx, targets (B, longest), int64; targets past the end of a row are -1."""
+    offsets = np.arange(lengths.max() + 1)
+    rows = torch.from_numpy(tokens[np.minimum(starts[:, None] + offsets, len(tokens) - 1)].astype(np.int64))
     idx, targets = rows[:, :-1].contiguous(), rows[:, 1:].clone()
-    targets[np.arange(block_size) >= np.minimum(lengths, len(tokens) - 1 - starts)[:, None]] = -1
+    targets[offsets[:-1] >= lengths[:, None]] = -1
     if device.startswith("cuda"):  # copied while the GPU computes
         return tuple(tensor.pin_memory().to(device, non_blocking=True) for tensor in (idx, targets))
     return idx.to(device), targets.to(device)
@@ -211,10 +196,10 @@ def second_moments(model, idx):
 
 
 def compress(w, moment, rank):
-    """W (d, n) -> W_D (d, rank), W_U (rank, n) that minimise E|x W - x W_D W_U|^2, where moment = E[x x^T].
+    """W (d, n) -> W_D (d, rank), W_U (rank, n) that minimize E|x W - x W_D W_U|^2, where moment = E[x x^T].
 
     They project x W onto its principal directions: the eigenvectors V of E[(x W)^T x W], so W_D = W V, W_U = V^T. The
-    plain SVD of W would minimise |W - W_D W_U|^2, as if x went in all directions alike."""
+    plain SVD of W would minimize |W - W_D W_U|^2, as if x had the same variance in all directions."""
     directions = torch.linalg.eigh(w.mT @ moment @ w).eigenvectors[:, -rank:]  # eigenvalues ascend
     return w @ directions, directions.mT
 
@@ -223,44 +208,39 @@ def compress(w, moment, rank):
 def convert(model, config, moments):
     """A model with the mla or mla_rope of `config` that does what `model` does, as nearly as the rank allows.
 
-    moments: what second_moments says of `model` on training rows. A gqa becomes an mla_rope of the same rank, and the
-    same cache, exactly: its few heads are a latent, and W_UK and W_UV copy them to all heads. MLA contains GQA."""
+    moments: second_moments of `model` on training rows. gqa becomes an mla_rope of the same rank and the same cache,
+    exactly: its few heads are the latent, and W_UK and W_UV copy them to all heads. MLA contains GQA."""
     new = GPT(config).to(model.token_embedding.weight)
     old, weights = model.state_dict(), new.state_dict()
     new.load_state_dict(weights | {n: w for n, w in old.items() if n in weights and w.shape == weights[n].shape})
     for block, new_block, moment in zip(model.blocks, new.blocks, moments, strict=True):
-        a, b, one = copy.deepcopy(block.attn).cpu().double(), new_block.attn, torch.eye(config.n_embd).double()
+        a, b = copy.deepcopy(block.attn).cpu().double(), new_block.attn
         if model.config.attn in MLA:
-            w_k, w_v = a.w_uk(a.w_dk(one)), a.w_uv((a.w_dk if model.config.joint else a.w_dv)(one))
-        else:  # a copy of its key and value head for each head
-            heads = (w(one).unflatten(1, (-1, config.head_dim)) for w in (a.w_k, a.w_v))
-            w_k, w_v = (w.repeat_interleave(config.n_head // w.size(1), 1).flatten(1) for w in heads)
-        down_k, up_k = compress(torch.cat((w_k, w_v), 1) if config.joint else w_k, moment, config.latent_dim)
-        if config.joint:
-            up_k, up_v = up_k.chunk(2, dim=1)
-        else:
-            down_v, up_v = compress(w_v, moment, config.latent_dim)
-            b.w_dv.weight.copy_(down_v.mT)
-        for linear, w in ((b.w_dk, down_k), (b.w_uk, up_k), (b.w_uv, up_v)):
-            linear.weight.copy_(w.mT)
+            w_d = a.w_dk.weight, (a.w_dk if model.config.joint else a.w_dv).weight
+            w_k, w_v = ((w_u.weight @ w).mT for w_u, w in zip((a.w_uk, a.w_uv), w_d, strict=True))
+        else:  # each head has a copy of its group's keys and values
+            heads = (w.weight.unflatten(0, (-1, config.head_dim)) for w in (a.w_k, a.w_v))
+            w_k, w_v = (w.repeat_interleave(config.n_head // len(w), 0).flatten(0, 1).mT for w in heads)
+        k, v = (b.w_uk, w_k), (b.w_uv, w_v)
+        for w_down, ups in [(b.w_dk, [k, v])] if config.joint else [(b.w_dk, [k]), (b.w_dv, [v])]:
+            down, up = compress(torch.cat([w for _, w in ups], 1), moment, config.latent_dim)
+            w_down.weight.copy_(down.mT)
+            for (w_up, _), part in zip(ups, up.chunk(len(ups), 1), strict=True):
+                w_up.weight.copy_(part.mT)
     return new
 
 
 def make_optimizers(model, o):
     """Muon makes the update of a matrix orthogonal, which suits the maps inside blocks. Embeddings are lists of vectors
-    and gains are vectors: those stay with AdamW. match_rms_adamw gives both updates of one size, so one lr does."""
+    and gains are vectors: AdamW trains those. match_rms_adamw gives both updates the same size, so one lr does."""
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
     embeddings = [p for name, p in model.named_parameters() if "embedding" in name]
     gains = [p for p in model.parameters() if p.dim() == 1]
-    muon = o.optimizer == "muon"
-    decayed = {"params": embeddings if muon else embeddings + matrices, "weight_decay": o.weight_decay}
-    adamw = torch.optim.AdamW([decayed, {"params": gains, "weight_decay": 0.0}], betas=(0.9, 0.99), fused=True)
-    if not muon:
-        return [adamw]
-    return [
-        torch.optim.Muon(matrices, weight_decay=o.weight_decay, momentum=0.8, adjust_lr_fn="match_rms_adamw"),
-        adamw,
-    ]
+    muon, decay = o.optimizer == "muon", o.weight_decay
+    groups = [{"params": embeddings if muon else embeddings + matrices}, {"params": gains, "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, weight_decay=decay, betas=(0.9, 0.99), fused=True)
+    options = dict(weight_decay=decay, momentum=0.8, adjust_lr_fn="match_rms_adamw")
+    return [torch.optim.Muon(matrices, **options), adamw] if muon else [adamw]
 
 
 def learning_rate(step, o):
@@ -269,15 +249,17 @@ def learning_rate(step, o):
     return o.lr * min((step + 1) / max(1, rise), (o.steps - step) / max(1, o.steps - rise))
 
 
-def flops_per_token(model):
-    """FLOPs of training: 6 per weight (the embedding is the output head) and 12 per number of the keys attended to, on
-    average half the context (Chowdhery et al. 2022, appendix B)."""
-    c = model.config
-    return 6 * sum(p.numel() for p in model.parameters()) + 6 * c.n_layer * c.n_embd * c.block_size
+def utilization(tokens_per_second, model, device, dtype):
+    """MFU: the share of a GPU's peak FLOP/s; None if the peak is unknown. A token takes 6 FLOPs per weight, and 12 per
+    number of each key it attends to, half the context on average (Chowdhery et al. 2022, appendix B)."""
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else ""
+    peak = next((peaks[dtype == "float32"] * 1e12 for gpu, peaks in PEAK_TFLOPS.items() if gpu in name), None)
+    c, weights = model.config, sum(p.numel() for p in model.parameters())
+    return peak and tokens_per_second * 6 * (weights + c.n_layer * c.n_embd * c.block_size) / peak
 
 
 def write(path, checkpoint):
-    """Replace a file in one move, so that its name always leads to a whole file, the old or the new one."""
+    """Replace a file by renaming a finished one, so that a crash leaves the old file or the new one."""
     temporary = path.with_suffix(".tmp")
     try:
         torch.save(checkpoint, temporary)
@@ -286,12 +268,12 @@ def write(path, checkpoint):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # RuntimeError is PyTorch's, of a write that failed
         temporary.unlink(missing_ok=True)
-        raise OSError(f"{path}: cannot be written; what was there is still whole: {error}") from error
+        raise OSError(f"{path}: cannot be written; the file of before is intact: {error}") from error
 
 
 def open_folder(out, resumed_at):
-    """Make the folder of a new run; files of an older one move to out/previous-1, -2, ... Shorten the logs of a resumed
-    run: one that was killed may have logged more than it saved."""
+    """Make the folder of a new run; files of an older one move to out/previous-1, -2, ... For a resumed run, cut the
+    logs back to its step: a killed run may have logged more than it saved."""
     out.mkdir(parents=True, exist_ok=True)
     if resumed_at is not None:
         for log in (out / "log.jsonl", out / "spectrum.jsonl"):
@@ -327,10 +309,10 @@ def draw(out):
 
 
 class Run:
-    """A training run, as its flags describe it."""
+    """A training run: data, model and optimizers, as the flags describe them."""
 
     def __init__(self, given):
-        self.options, self.config, start = resolve(given)  # wrong flags are told before any data is made
+        self.options, self.config, start = resolve(given)  # wrong flags fail here, before data is made
         o, config, size, self.out = self.options, self.config, self.config.block_size, Path(self.options.out)
         self.device, self.process, self.processes = set_up_device(o)
         self.leader = self.process == 0  # it alone reports and writes
@@ -344,16 +326,15 @@ class Run:
             raise InputError(f"--resume: --data={o.data} is not what the run was trained on")
         if start and any(start["meta"][name] != self.meta[name] for name in ("tokenizer", "vocab_size")):
             raise InputError(f"--data={o.data}: must have the tokens of {o.init_from}: {start['meta']['tokenizer']}")
-        if (there := len(self.train_tokens) - 1) < size:
-            raise InputError(f"--block_size={size}: there are only {there} tokens to train on")
         self.tokenizer, end = load_tokenizer(self.meta["tokenizer"]), self.meta["end"]
         config.vocab_size = self.tokenizer.n_vocab
         if config.vocab_size != self.meta["vocab_size"]:
             raise InputError(f"--data={o.data}: is of another version; make it again with data/prepare.py")
         self.starts, _ = story_rows(self.train_tokens, end, size)
-        self.val_rows = story_rows(self.val_tokens, end, size)
-        self.val_ends = np.flatnonzero(self.val_tokens == end)
-        self.tokens_per_step = o.batch_size * o.grad_accum * size
+        self.starts = self.starts[self.starts + size < len(self.train_tokens)]  # where a whole row fits
+        if not len(self.starts):
+            raise InputError(f"--block_size={size}: there are only {len(self.train_tokens) - 1} tokens to train on")
+        self.val_rows, self.val_ends = story_rows(self.val_tokens, end, size), np.flatnonzero(self.val_tokens == end)
 
         torch.manual_seed(o.seed)
         kind = self.device.split(":")[0]
@@ -365,8 +346,7 @@ class Run:
             if source.config.cache_shapes == config.cache_shapes:
                 self.model.load_state_dict(source.state_dict())
             else:
-                rows = self.starts[np.random.default_rng(o.seed).integers(len(self.starts), size=64)]
-                idx, _ = batch(self.train_tokens, rows, size, size, self.device)
+                idx, _ = self.training_batch(np.random.default_rng(o.seed).choice(self.starts, 64))
                 self.model = convert(source, config, second_moments(source, idx))
         self.optimizers = make_optimizers(self.model, o)
         self.first, self.best, self.losses, self.norm = 0, math.inf, [], None
@@ -380,19 +360,21 @@ class Run:
         self.ddp = DistributedDataParallel(self.model) if self.processes > 1 else None
         self.net = torch.compile(self.ddp or self.model, disable=not o.compile)
 
+    def training_batch(self, starts):
+        """Rows of block_size tokens. They begin with a story; the last story of a row may break off."""
+        return batch(self.train_tokens, starts, np.full(len(starts), self.config.block_size), self.device)
+
     def step(self, step):
         """Forward, backward and update on the batches of this step. Only float16 waits for the device."""
-        o, size = self.options, self.config.block_size
+        o = self.options
         torch.manual_seed(o.seed + step * self.processes + self.process)  # dropout
-        rows = np.random.default_rng((o.seed, step)).integers(len(self.starts), size=(o.grad_accum, o.batch_size))
+        starts = np.random.default_rng((o.seed, step)).choice(self.starts, (o.grad_accum, o.batch_size))
         total = 0.0
-        for i, chosen in enumerate(rows[:, self.process :: self.processes]):
+        for i, rows in enumerate(starts[:, self.process :: self.processes]):
             last = i == o.grad_accum - 1  # processes add their gradients once, at the end
             with self.ddp.no_sync() if self.ddp and not last else nullcontext():
-                # these rows are full: their last story may break off
-                idx, targets = batch(self.train_tokens, self.starts[chosen], size, size, self.device)
                 with self.autocast:
-                    loss = self.net(idx, targets)[1] / o.grad_accum
+                    loss = self.net(*self.training_batch(rows))[1] / o.grad_accum
                 self.scaler.scale(loss).backward()
             total += loss.detach()
         if self.ddp:
@@ -404,7 +386,8 @@ class Run:
                 group["lr"] = learning_rate(step, o)
         self.norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), o.grad_clip)
         for optimizer in self.optimizers:
-            if o.dtype != "float16" or self.norm.isfinite():  # else the scale was too large: skip this step
+            # Not scaler.step: it skips one optimizer if that one's gradients overflow. Here both skip the step
+            if o.dtype != "float16" or self.norm.isfinite():
                 optimizer.step()
             optimizer.zero_grad()
         self.scaler.update()
@@ -413,13 +396,13 @@ class Run:
     @torch.no_grad()
     def evaluate(self, model, batches=None):
         """Loss on the first batches of the validation data, or on all of it -> nats per token, and what a perfect model
-        would lose there (None where nobody knows)."""
+        would lose there (None if unknown)."""
         model.eval()
         total, count, size = 0.0, 0, self.options.batch_size
         for i in range(0, len(self.val_rows[0]), size)[:batches]:
             starts, lengths = (column[i : i + size] for column in self.val_rows)
             with self.autocast:
-                loss = model(*batch(self.val_tokens, starts, lengths, self.config.block_size, self.device))[1]
+                loss = model(*batch(self.val_tokens, starts, lengths, self.device))[1]
             total, count = total + loss * int(lengths.sum()), count + int(lengths.sum())
         model.train()
         if not self.meta["val_nats"]:
@@ -446,32 +429,25 @@ class Run:
         state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
         write(self.out / "last.pt", checkpoint | state)
 
+    def check_finite(self, step, losses):
+        if not math.isfinite(total := float(sum(losses))):
+            told = f"loss is {total}; {self.out} keeps what was saved before; try a lower --lr than {self.options.lr}"
+            raise FloatingPointError(f"by step {step} the {told}")
+
     def report(self, step):
-        """Every eval_interval, and at the end: evaluate, print a line, log it, save. At times, log the spectrum."""
-        o = self.options
-        if step in {round(o.steps * (i / 20) ** 2) for i in range(21)}:  # dense at the start, where spectra change most
-            with open(self.out / "spectrum.jsonl", "a") as file:
-                file.write(snapshot(self.model, step) + "\n")
-        if step % o.eval_interval and step != o.steps:
-            return
+        """Evaluate, print a line, log it, and save."""
+        o, tokens = self.options, self.options.batch_size * self.options.grad_accum * self.config.block_size
         losses = [float(loss) for loss in self.losses]  # waits for the device
         seconds, timed = time.perf_counter() - self.clock[0], step - self.clock[1]
-        rate = timed * self.tokens_per_step / seconds if timed else None
         val_loss, floor = self.evaluate(self.model, o.eval_steps)
-        for i, loss in enumerate([*losses, val_loss], start=step - len(losses)):
-            if not math.isfinite(loss):
-                kept = "nothing was saved" if self.best == math.inf else f"the best model so far is {self.out}/ckpt.pt"
-                raise FloatingPointError(f"step {i}: loss is {loss}; {kept}; try a lower --lr than {o.lr}")
+        self.check_finite(step, [*losses, val_loss])
         loss, over = sum(losses) / len(losses) if losses else None, self.over_floor(val_loss, floor)
-        gpu = torch.cuda.get_device_name(self.device) if self.device.startswith("cuda") else ""
-        peak = next((peaks[o.dtype == "float32"] * 1e12 for name, peaks in PEAK_TFLOPS.items() if name in gpu), None)
-        mfu = rate and peak and rate * flops_per_token(self.model) / (peak * self.processes)
-        left = rate and f"{(o.steps - step) * self.tokens_per_step / rate / 60:.1f} min"
-        cells = zip((loss, val_loss, over, rate, mfu, left), ".4f .4f .4f ,.0f .0% ".split(" "), strict=True)
+        rate = timed * tokens / seconds if timed else None
+        mfu = rate and utilization(rate / self.processes, self.model, self.device, o.dtype)
+        left = rate and (o.steps - step) * tokens / rate / 60
+        cells = (loss, ".4f"), (val_loss, ".4f"), (over, ".4f"), (rate, ",.0f"), (mfu, ".0%"), (left, ".1f")
         print(f"{step:6}", *(f"{'-' if x is None else format(x, style):>9}" for x, style in cells), flush=True)
-        entry = dict(
-            step=step, tokens=step * self.tokens_per_step, loss=loss, val_loss=val_loss, tokens_per_second=rate
-        )
+        entry = dict(step=step, tokens=step * tokens, loss=loss, val_loss=val_loss, tokens_per_second=rate)
         entry |= {"excess" if floor else "bits_per_byte": over, "gradient_norm": self.norm and float(self.norm)}
         with open(self.out / "log.jsonl", "a") as log:
             log.write(json.dumps(entry) + "\n")
@@ -480,33 +456,36 @@ class Run:
         self.clock = time.perf_counter(), step
 
     def train(self):
-        """All steps, with a report every eval_interval. Ctrl-C and SIGTERM stop after the current step.
-
+        """Take all steps, with a report every eval_interval. Ctrl-C and SIGTERM stop after the current step.
         Returns the exit status: None if done, 130 if stopped."""
         o, stop, self.clock = self.options, [], (time.perf_counter(), self.first)
         if self.leader:
             open_folder(self.out, self.first if o.resume else None)
-            size = f"{sum(p.numel() for p in self.model.parameters()):,} parameters"
-            print(f"{self.config.attn}, {size}; {self.device}, {o.dtype}; {self.tokens_per_step:,} tokens a step")
+            print(f"{o.attn}, {sum(p.numel() for p in self.model.parameters()):,} parameters; {self.device}, {o.dtype}")
             over = "excess" if self.meta["val_nats"] else "bits/byte"
-            print("  step", *(f"{word:>9}" for word in ("loss", "val loss", over, "tokens/s", "MFU", "left")))
+            print("  step", *(f"{word:>9}" for word in ("loss", "val loss", over, "tokens/s", "MFU", "min left")))
         handlers = {s: signal.signal(s, lambda s, _: stop.append(s)) for s in (signal.SIGINT, signal.SIGTERM)}
+        snapshots = {round(o.steps * (i / 20) ** 2) for i in range(21)}  # dense at the start, where spectra change most
         for step in range(self.first, o.steps + 1):
             if self.leader and not (o.resume and step == self.first):  # that was saved after its report
-                self.report(step)
+                if step in snapshots:
+                    with open(self.out / "spectrum.jsonl", "a") as file:
+                        file.write(snapshot(self.model, step) + "\n")
+                if step % o.eval_interval == 0 or step == o.steps:
+                    self.report(step)
             if agree(bool(stop)) or step == o.steps:
                 break
             self.step(step)
             if step == self.first:  # it compiled; wait for it, and start the clock
                 float(self.losses[-1])
                 self.clock = time.perf_counter(), step + 1
-        if self.leader and step < o.steps:
-            if not all(math.isfinite(loss) for loss in self.losses):
-                raise FloatingPointError(f"the loss was not finite when stopped; {self.out}/last.pt is of before")
-            self.save(step)
-            print(f"stopped after {step} of {o.steps} steps; go on: python train.py --resume --out={self.out}")
         if self.leader:
+            if step < o.steps:
+                self.check_finite(step, self.losses)
+                self.save(step)
+                print(f"stopped after {step} of {o.steps} steps; continue: python train.py --resume --out={self.out}")
             draw(self.out)
+        agree(False)  # torchrun ends all processes when one of them ends
         for s, handler in handlers.items():  # only now: a second Ctrl-C must not interrupt saving
             signal.signal(s, handler)
         if step < o.steps:
@@ -515,29 +494,28 @@ class Run:
             self.finish()
 
     def finish(self):
-        """Last words: the best model on all of the validation data, its cache, a story, and what to try next."""
-        path, config = self.out / "ckpt.pt", self.config
+        """Print what the best model has learnt, on all validation data; its cache, a story, and what to try next."""
+        path, o = self.out / "ckpt.pt", self.options
         model, checkpoint = load_checkpoint(path, self.device)
         loss, floor = self.evaluate(model)
         write(path, checkpoint | {"val_loss": loss, "floor": floor})
+        model.eval()
         print(f"\nval loss {loss:.4f} nats per token on all {self.meta['val_stories']:,} validation stories")
-        if floor:
-            print(f"excess   {loss - floor:.4f} over the {floor:.4f} that the stories hold; a perfect model has 0")
-            try:
-                found = recall(model.eval(), (self.meta, self.train_tokens, self.val_tokens))[1]
-                if found["recall"] is None:
-                    raise InputError("no story fits into the context")
-                print("         {lost:.4f} of it is lost at words that the story so far decides".format(**found))
-                print("recall   {recall:.1%} where a story asks for something; guessing ".format(**found), end="")
-                print("has {chance:.1%}, copying such words {copying:.1%}".format(**found))
-            except InputError as error:  # or the stories are of another version of the world
-                print(f"recall   is not known: {error}")
-        else:
+        if not floor:
             print(f"         {self.over_floor(loss, floor):.4f} bits per byte of text")
-        cached, of_mha = model.kv_bytes_per_token(torch.bfloat16), config.n_layer * 2 * config.n_embd * 2
+        else:
+            print(f"excess   {loss - floor:.4f} above the floor of {floor:.4f}, the loss of a perfect model")
+            try:
+                found = recall(model, (self.meta, self.train_tokens, self.val_tokens))[1]
+                print("         {lost:.4f} of it at words that the story so far determines".format(**found))
+                print("recall   {recall:.1%} of the words that a story asks for; a random word of the right kind has")
+                print("         {chance:.1%}, a random one that the story has used {copying:.1%}".format(**found))
+            except InputError as error:  # stories of another version of the world, or longer than the context
+                print(f"recall   is not known: {error}")
+        cached, of_mha = model.kv_bytes_per_token(torch.bfloat16), o.n_layer * 2 * o.n_embd * 2
         print(f"KV cache {cached:,} bytes per token in bfloat16; mha has {of_mha:,} ({cached / of_mha - 1:+.0%})")
-        print(f"\n{wrap(tell(model.eval(), self.tokenizer, 'Once upon a time'))}\n")
-        other = "mla_decoupled" if config.attn != "mla_decoupled" else "mha_rope"
+        print(f"\n{wrap(tell(model, self.tokenizer, 'Once upon a time'))}\n")
+        other = "mla_decoupled" if o.attn != "mla_decoupled" else "mha_rope"
         print(f'next: python model.py {path} --prompt="One sunny day" --seed=1')
         print(f"      python train.py --attn={other} --out={self.out}/{other}")
 

@@ -315,13 +315,14 @@ def recall(model, data, stories=None):
                 left = [option for option in left if option[i : i + 1] == [token]]
                 i += 1
             rows.append((number, distance, p, 1 / len(every), 1 / word.used, word.asked and word.used > 1))
-    columns = np.array(rows).reshape(-1, 6).T
-    found = dict(zip(("story", "distance", "p", "chance", "copying", "asked"), columns, strict=True))
+    if not rows:
+        raise InputError(f"no validation story fits into a context of {model.config.block_size} tokens")
+    found = dict(zip(("story", "distance", "p", "chance", "copying", "asked"), np.array(rows).T, strict=True))
     found["asked"] = asked = found["asked"].astype(bool)
     mean, error = mean_and_error(found["p"][asked], found["story"][asked])
     means = {name: mean_and_error(found[name][asked])[0] for name in ("chance", "copying")}
     lost = float(np.log(1 / np.maximum(found["p"], 1e-300)).sum())
-    means |= {"excess": excess / scored, "lost": lost / scored} if scored else {"excess": None, "lost": None}
+    means |= {"excess": excess / scored, "lost": lost / scored}
     return found, means | {"recall": mean, "recall_error": error}
 
 

@@ -1,5 +1,6 @@
 """--init_from: weights of a trained model, taken over as they are, or converted to another attention."""
 
+import itertools
 import json
 import re
 import signal
@@ -135,7 +136,7 @@ def test_loss_rises_as_the_rank_falls_and_less_than_with_the_plain_svd(trained, 
         source, _ = load_checkpoint(trained[attn] / "ckpt.pt")
         flags = [*SMALL, f"--data={stories}", f"--init_from={trained[attn]}/ckpt.pt", "--steps=0", f"--out={tmp_path}"]
         run = train.Run(train.parse_arguments(flags))
-        rows = train.batch(run.train_tokens, run.starts[:64], 64, 64, "cpu")[0]
+        rows = run.training_batch(run.starts[:64])[0]
         moments = train.second_moments(source, rows)
         plain = [torch.eye(64, dtype=torch.float64)] * 2
         weighted_losses, plain_losses = (
@@ -145,8 +146,10 @@ def test_loss_rises_as_the_rank_falls_and_less_than_with_the_plain_svd(trained, 
             ]
             for weights in (moments, plain)
         )
-        assert weighted_losses == sorted(weighted_losses)
+        # What is dropped first hardly matters: without it the loss may even fall, by some 1e-4
+        assert all(lower > higher - 1e-3 for higher, lower in itertools.pairwise(weighted_losses))
         assert weighted_losses[0] == pytest.approx(run.evaluate(source)[0], abs=1e-5)
+        assert weighted_losses[-1] > weighted_losses[-2] > weighted_losses[0]
         assert weighted_losses[-1] > weighted_losses[0] + 0.02  # the model does use attention
         for weighted, other in zip(weighted_losses, plain_losses, strict=True):
             assert weighted < other + 1e-5
