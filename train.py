@@ -117,6 +117,7 @@ def read_start(given):
     elif given.get("init_from"):
         start = load_checkpoint(given["init_from"])[1]
         saved = {name: value for name, value in start["config"].items() if name in FLAGS and name != "dropout"}
+        saved["size"] = start["options"]["size"]
         free = {"attn", "rank", "joint"} | (set() if saved["attn"] in LEARNED else {"block_size"})
     else:
         return None, given
@@ -398,7 +399,7 @@ class Run:
         """Loss on the first batches of the validation data, or on all of it -> nats per token, and what a perfect model
         would lose there (None if unknown)."""
         model.eval()
-        total, count, size = 0.0, 0, self.options.batch_size
+        total, count, size = 0.0, 0, self.options.batch_size // self.processes  # only one of them evaluates
         for i in range(0, len(self.val_rows[0]), size)[:batches]:
             starts, lengths = (column[i : i + size] for column in self.val_rows)
             with self.autocast:
@@ -508,8 +509,9 @@ class Run:
             try:
                 found = recall(model, (self.meta, self.train_tokens, self.val_tokens))[1]
                 print("         {lost:.4f} of it at words that the story so far determines".format(**found))
-                print("recall   {recall:.1%} of the words that a story asks for; a random word of the right kind has")
-                print("         {chance:.1%}, a random one that the story has used {copying:.1%}".format(**found))
+                print("recall   {recall:.1%} of the words that a story asks for".format(**found))
+                guesses = "by chance {chance:.1%}; by copying a word of that kind from the story {copying:.1%}"
+                print(f"         {guesses}".format(**found))
             except InputError as error:  # stories of another version of the world, or longer than the context
                 print(f"recall   is not known: {error}")
         cached, of_mha = model.kv_bytes_per_token(torch.bfloat16), o.n_layer * 2 * o.n_embd * 2
