@@ -1,8 +1,8 @@
-"""Train a GPT on stories, with any attention; or continue from a trained model, whose attention can be converted.
+"""Train a GPT with any attention, from scratch or from a checkpoint, whose attention can be converted.
 
 Runs on a CPU, a Mac, a GPU, or several GPUs under torchrun. Writes to --out: ckpt.pt (the best model so far), last.pt
-(for --resume), log.jsonl, train.png, and spectrum.jsonl (snapshots of the spectrum of W_Q W_K^T). A step depends only
-on the options, the weights and its number, so a run that was stopped and resumed ends like one that was not.
+(for --resume), log.jsonl, train.png, and spectrum.jsonl (snapshots of the spectrum of W_Q W_K^T). The batches
+and dropout of a step depend only on the seed and the step number, so a resumed run ends like an uninterrupted one.
 """
 
 import copy
@@ -37,40 +37,40 @@ BUDGETS = {  # a training budget for each size. Only tiny has been run
     "200m": dict(batch_size=64, steps=10000, lr=dict(muon=2e-3, adamw=5e-4)),
 }
 FLAGS = {  # name: type or choices, default, help. A default of None depends on other flags; resolve() fills it in
-    "attn": (ATTN, "mha_rope", "attention"),
+    "attn": (ATTN, "mha_rope", "attention variant"),
     "rank": (float, None, "latent width / n_embd; for gqa, key heads / n_head (default: 0.5 where it applies)"),
     "joint": (bool, False, "one latent for keys and values (mla, mla_rope, mla_decoupled)"),
     "latent_norm": (bool, False, "an RMSNorm on each latent (mla variants)"),
-    "q_rank": (float, None, "width of a latent for queries / n_embd (mla variants; default: no such latent)"),
+    "q_rank": (float, None, "width of the query latent / n_embd (mla variants; default: no query latent)"),
     "rope_dim": (int, None, "width of mla_decoupled's rotary key (default: half a head)"),
-    "rope_base": (float, 10000.0, "base of RoPE's wavelengths"),
-    "size": (tuple(SIZES), None, "shape of the model and a budget for it (default: tiny on a CPU, 30m elsewhere)"),
+    "rope_base": (float, 10000.0, "base of the RoPE frequencies"),
+    "size": (tuple(SIZES), None, "model shape and training budget (default: tiny on a CPU, 30m elsewhere)"),
     "n_layer": (int, None, "layers (default: by size)"),
     "n_head": (int, None, "heads (default: by size)"),
     "n_embd": (int, None, "width (default: by size)"),
-    "block_size": (int, None, "tokens of context (default: by size)"),
-    "dropout": (float, 0.0, "share of activations that training sets to zero"),
-    "data": (str, "stories", "a folder that data/prepare.py made: its name in data/, or a path"),
+    "block_size": (int, None, "context length in tokens (default: by size)"),
+    "dropout": (float, 0.0, "dropout probability"),
+    "data": (str, "stories", "data made by data/prepare.py: its name in data/, or a path"),
     "out": (str, "out", "folder for checkpoints and logs"),
     "init_from": (str, None, "start from a checkpoint, converted if --attn, --rank or --joint differ (default: none)"),
     "resume": (bool, False, "continue the run in --out where it stopped"),
-    "steps": (int, None, "optimizer steps; 0 evaluates and saves (default: by size)"),
-    "batch_size": (int, None, "sequences in a batch, all processes together (default: by size)"),
+    "steps": (int, None, "optimizer steps; 0 only evaluates and saves (default: by size)"),
+    "batch_size": (int, None, "sequences per batch, summed over processes (default: by size)"),
     "grad_accum": (int, 1, "batches per step"),
-    "optimizer": (("muon", "adamw"), "muon", "muon for the matrices of blocks, adamw for the rest; or adamw for all"),
-    "lr": (float, None, "peak of the learning rate (default: by size and optimizer)"),
-    "warmup": (float, 0.02, "share of the steps until the peak; then the rate falls linearly to zero"),
+    "optimizer": (("muon", "adamw"), "muon", "muon: Muon inside blocks, AdamW elsewhere; adamw: AdamW everywhere"),
+    "lr": (float, None, "peak learning rate (default: by size and optimizer)"),
+    "warmup": (float, 0.02, "fraction of the steps to warm up for; then the rate falls linearly to zero"),
     "weight_decay": (float, 0.0, "weight decay on matrices"),
     "grad_clip": (float, 1.0, "maximum norm of the gradient"),
     "eval_interval": (int, None, "steps between evaluations (default: steps / 20)"),
-    "eval_steps": (int, 8, "batches of an evaluation; the last evaluation takes all validation data"),
+    "eval_steps": (int, 8, "batches per evaluation; the one after training uses all validation data"),
     "seed": (int, 0, "seed of weights, batches and dropout"),
     "device": (str, None, "cpu, mps, cuda, cuda:1, ... (default: cuda if there is one, else mps, else cpu)"),
     "dtype": (("bfloat16", "float16", "float32"), None, "precision of matrix products (default: 16 bits where fast)"),
     "compile": (bool, None, "torch.compile the model (default: on cuda)"),
 }
-LEAST = dict(batch_size=1, grad_accum=1, eval_interval=1, eval_steps=1, block_size=16, grad_clip=1e-9)
-LEAST |= dict(steps=0, lr=0, warmup=0, weight_decay=0, seed=0)
+MINIMUM = dict(batch_size=1, grad_accum=1, eval_interval=1, eval_steps=1, block_size=16, grad_clip=1e-9)
+MINIMUM |= dict(steps=0, lr=0, warmup=0, weight_decay=0, seed=0)
 CONVERTS = {"mha": "mla", "mha_rope": "mla_rope", "gqa": "mla_rope", "mla": "mla", "mla_rope": "mla_rope"}
 PEAK_TFLOPS = {"H100": (989, 495), "H200": (989, 495), "A100": (312, 156), "L40S": (362, 183), "T4": (65, 8)}
 
@@ -87,8 +87,8 @@ def parse_arguments(arguments=None):
 
 
 def resolve(given):
-    """Flags as given -> all options, the GPTConfig (vocab_size comes later), the checkpoint to start from or None.
-    Raises InputError for a flag that is out of range, or does not fit another flag or the checkpoint."""
+    """Fill in the defaults -> all options, the GPTConfig (its vocab_size comes with the data), and the checkpoint to
+    start from or None. Raises InputError for a flag that is out of range, or contradicts another or the checkpoint."""
     start, given = read_start(given)
     best_device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     device = given.get("device") or best_device
@@ -99,7 +99,7 @@ def resolve(given):
     o = Namespace(**defaults | given | {"device": device, "size": size})
     o.eval_interval = max(1, o.steps // 20) if o.eval_interval is None else o.eval_interval
     o.dtype = o.dtype or ("bfloat16" if fast_bfloat16(device) else "float16" if kind == "cuda" else "float32")
-    for name, least in LEAST.items():
+    for name, least in MINIMUM.items():
         if not least <= getattr(o, name) < 2**32:
             raise InputError(f"--{name}={getattr(o, name)}: must be at least {least} and less than 2**32")
     config = GPTConfig(**{name: value for name, value in vars(o).items() if name in GPTConfig.__dataclass_fields__})
@@ -108,33 +108,34 @@ def resolve(given):
 
 
 def read_start(given):
-    """The checkpoint of --resume or --init_from, or None; and the flags, completed by what the checkpoint fixes."""
+    """Load the checkpoint of --resume or --init_from -> it, or None; and the flags, with those that it fixes."""
     if given.get("resume"):
         start = load_checkpoint(Path(given.get("out", "out")) / "last.pt")[1]
         if "optimizers" not in start:
-            raise InputError("--resume: last.pt holds a model, but not the state of a run; use --init_from")
-        saved, free = start["options"] | {"out": "out"}, {"resume", "out", "data", "device", "compile"}
+            raise InputError("--resume: last.pt has weights but no optimizer state; use --init_from")
+        saved, changeable = start["options"] | {"out": "out"}, {"resume", "out", "data", "device", "compile"}
     elif given.get("init_from"):
         start = load_checkpoint(given["init_from"])[1]
         saved = {name: value for name, value in start["config"].items() if name in FLAGS and name != "dropout"}
         saved["size"] = start["options"]["size"]
-        free = {"attn", "rank", "joint"} | (set() if saved["attn"] in LEARNED else {"block_size"})
+        changeable = {"attn", "rank", "joint"} | (set() if saved["attn"] in LEARNED else {"block_size"})
     else:
         return None, given
-    for name in saved.keys() - free & given.keys():
-        if given[name] != saved[name]:
-            raise InputError(f"--{name}={given[name]}: the checkpoint has {saved[name]}; leave that flag out")
-    new, room = saved | given, (saved["rank"] or 1) * (2 if given.get("joint") and not saved["joint"] else 1)
-    possible = new["attn"] == CONVERTS.get(saved["attn"]) and (new["rank"] or 0) <= room and not saved["latent_norm"]
-    if any(new[name] != saved[name] for name in ("attn", "rank", "joint")) and not possible:
-        known = "mha to mla; mha_rope, gqa to mla_rope; mla, mla_rope to a lower rank or to joint; no latent_norm"
-        raise InputError(f"--init_from: cannot convert {saved['attn']} to that attention. Conversions: {known}")
+    for name, value in given.items():
+        if name in saved and name not in changeable and value != saved[name]:
+            raise InputError(f"--{name}={value}: the checkpoint has {saved[name]}; leave that flag out")
+    new = saved | given
+    max_rank = (saved["rank"] or 1) * (2 if new["joint"] and not saved["joint"] else 1)
+    possible = new["attn"] == CONVERTS.get(saved["attn"]) and (new["rank"] or 0) <= max_rank
+    if any(new[name] != saved[name] for name in ("attn", "rank", "joint")) and (saved["latent_norm"] or not possible):
+        known = "mha to mla; mha_rope, gqa to mla_rope; mla, mla_rope to a lower rank or joint; none with latent_norm"
+        raise InputError(f"--init_from: cannot convert {saved['attn']} like that. Conversions: {known}")
     return start, new
 
 
 def set_up_device(o):
-    """Take this process's device, and meet the other processes if torchrun started several.
-    -> device (on cuda, with an index), number of this process, number of processes"""
+    """Select this process's device, and join the process group if torchrun started several.
+    -> the device (on cuda, with an index), the rank of this process, the number of processes"""
     processes, device = int(os.environ.get("WORLD_SIZE", 1)), o.device
     if o.batch_size % processes:
         raise InputError(f"--batch_size={o.batch_size}: must be a multiple of the {processes} processes")
@@ -149,8 +150,8 @@ def set_up_device(o):
     return device, int(os.environ.get("RANK", 0)), processes
 
 
-def agree(flag):
-    """True if any process passes True. Blocks until all have arrived, but not until their devices have."""
+def any_process(flag):
+    """True if any process passes True. Waits for the other processes, but not for work queued on their GPUs."""
     if not dist.is_initialized():
         return flag
     count = torch.tensor(float(flag))
@@ -162,8 +163,8 @@ def agree(flag):
 
 
 def story_rows(tokens, end, length):
-    """Where rows of at most `length` tokens to predict begin, and their lengths (int64): one row for each story, or
-    several if it is longer. A row begins with the <|endoftext|> before its story."""
+    """Split tokens into rows of at most `length` targets: one for each story, or several if the story is longer.
+    -> where rows start, and their lengths (int64). A row starts with the <|endoftext|> before its story."""
     ends = np.flatnonzero(tokens == end)
     starts = np.concatenate([np.arange(*story, length) for story in itertools.pairwise(ends)])
     return starts, np.diff(starts, append=ends[-1])
@@ -175,14 +176,14 @@ def batch(tokens, starts, lengths, device):
     rows = torch.from_numpy(tokens[np.minimum(starts[:, None] + offsets, len(tokens) - 1)].astype(np.int64))
     idx, targets = rows[:, :-1].contiguous(), rows[:, 1:].clone()
     targets[offsets[:-1] >= lengths[:, None]] = -1
-    if device.startswith("cuda"):  # copied while the GPU computes
+    if device.startswith("cuda"):  # pinned, so that copying overlaps with computing
         return tuple(tensor.pin_memory().to(device, non_blocking=True) for tensor in (idx, targets))
     return idx.to(device), targets.to(device)
 
 
 @torch.no_grad()
 def second_moments(model, idx):
-    """E[x x^T] (d, d), in float64, of the input x of each layer's attention on the tokens (B, T)."""
+    """For each layer, E[x x^T] (d, d), float64, where x is the input of its attention, averaged over idx (B, T)."""
     moments = []
 
     def add(attention, inputs):
@@ -207,10 +208,10 @@ def compress(w, moment, rank):
 
 @torch.no_grad()
 def convert(model, config, moments):
-    """A model with the mla or mla_rope of `config` that does what `model` does, as nearly as the rank allows.
+    """Convert `model` to the mla or mla_rope of `config`, as closely as the rank allows.
 
-    moments: second_moments of `model` on training rows. gqa becomes an mla_rope of the same rank and the same cache,
-    exactly: its few heads are the latent, and W_UK and W_UV copy them to all heads. MLA contains GQA."""
+    moments: second_moments of `model` on training rows. gqa becomes an mla_rope of the same rank and cache, exactly:
+    the latents hold its key and value heads, and W_UK and W_UV copy them to all query heads. MLA contains GQA."""
     new = GPT(config).to(model.token_embedding.weight)
     old, weights = model.state_dict(), new.state_dict()
     new.load_state_dict(weights | {n: w for n, w in old.items() if n in weights and w.shape == weights[n].shape})
@@ -232,8 +233,8 @@ def convert(model, config, moments):
 
 
 def make_optimizers(model, o):
-    """Muon makes the update of a matrix orthogonal, which suits the maps inside blocks. Embeddings are lists of vectors
-    and gains are vectors: AdamW trains those. match_rms_adamw gives both updates the same size, so one lr does."""
+    """Muon, which makes its updates orthogonal, for the matrices inside blocks; AdamW for embeddings and the gains of
+    norms. match_rms_adamw scales Muon's updates to the size of AdamW's, so that both can share one lr."""
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
     embeddings = [p for name, p in model.named_parameters() if "embedding" in name]
     gains = [p for p in model.parameters() if p.dim() == 1]
@@ -251,8 +252,8 @@ def learning_rate(step, o):
 
 
 def utilization(tokens_per_second, model, device, dtype):
-    """MFU: the share of a GPU's peak FLOP/s; None if the peak is unknown. A token takes 6 FLOPs per weight, and 12 per
-    number of each key it attends to, half the context on average (Chowdhery et al. 2022, appendix B)."""
+    """MFU: the share of a GPU's peak FLOP/s; None if the peak is unknown. A token costs 6 FLOPs per weight, and
+    12 n_layer n_embd for each token it attends to: half the context on average (Chowdhery et al. 2022, appendix B)."""
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else ""
     peak = next((peaks[dtype == "float32"] * 1e12 for gpu, peaks in PEAK_TFLOPS.items() if gpu in name), None)
     c, weights = model.config, sum(p.numel() for p in model.parameters())
@@ -260,26 +261,26 @@ def utilization(tokens_per_second, model, device, dtype):
 
 
 def write(path, checkpoint):
-    """Replace a file by renaming a finished one, so that a crash leaves the old file or the new one."""
+    """Write a temporary file, then rename it: a crash leaves either the old file or the new one."""
     temporary = path.with_suffix(".tmp")
     try:
         torch.save(checkpoint, temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # RuntimeError is PyTorch's, of a write that failed
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError if a write fails
         temporary.unlink(missing_ok=True)
-        raise OSError(f"{path}: cannot be written; the file of before is intact: {error}") from error
+        raise OSError(f"{path}: cannot be written ({error}); the previous file is intact") from error
 
 
-def open_folder(out, resumed_at):
-    """Make the folder of a new run; files of an older one move to out/previous-1, -2, ... For a resumed run, cut the
-    logs back to its step: a killed run may have logged more than it saved."""
+def start_folder(out, resumed_at):
+    """Make the folder of a new run; move files of an older run to out/previous-1, -2, ... When resuming, drop log lines
+    after the checkpoint's step: a killed run may have logged more than it saved."""
     out.mkdir(parents=True, exist_ok=True)
     if resumed_at is not None:
         for log in (out / "log.jsonl", out / "spectrum.jsonl"):
-            lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            log.write_text("".join(line for line in lines if json.loads(line)["step"] <= resumed_at))
+            lines = log.read_text().splitlines(keepends=True)
+            log.write_text("".join(x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= resumed_at))
         return
     names = ("ckpt.pt", "last.pt", "log.jsonl", "spectrum.jsonl", "train.png")
     if files := [out / name for name in names if (out / name).exists()]:
@@ -294,8 +295,7 @@ def draw(out):
     from matplotlib.figure import Figure  # here, because it takes a second to import
 
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
+    axes = Figure(figsize=(8, 5), layout="constrained").subplots()
     for name, label in (("loss", "training, mean since the last point"), ("val_loss", "validation")):
         axes.plot([e["tokens"] / 1e6 for e in log], [e[name] or math.nan for e in log], "o-", ms=3, label=label)
     if "excess" in log[0]:
@@ -306,7 +306,7 @@ def draw(out):
     axes.yaxis.set_minor_formatter("{x:g}")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
-    figure.savefig(out / "train.png", dpi=130)
+    axes.figure.savefig(out / "train.png", dpi=130)
 
 
 class Run:
@@ -316,13 +316,15 @@ class Run:
         self.options, self.config, start = resolve(given)  # wrong flags fail here, before data is made
         o, config, size, self.out = self.options, self.config, self.config.block_size, Path(self.options.out)
         self.device, self.process, self.processes = set_up_device(o)
-        self.leader = self.process == 0  # it alone reports and writes
+        self.leader = self.process == 0  # only this process reports and writes
         folder = DATA / o.data if (DATA / o.data / "meta.json").exists() or o.data == "stories" else Path(o.data)
         if self.leader and o.data == "stories" and not folder.exists():
             prepare()
-        agree(False)  # the others wait
+        any_process(False)  # a barrier: wait until the data is there
         self.meta, self.train_tokens, self.val_tokens = load_data(folder)
         self.facts = {key: value for key, value in self.meta.items() if key != "val_nats"}
+        # Of a loss of 1 nat per token. Unlike the loss, bits per byte do not depend on the tokenizer
+        self.bits_per_byte = self.meta["val_tokens"] / self.meta["val_bytes"] / math.log(2)
         if o.resume and start["meta"] != self.facts:
             raise InputError(f"--resume: --data={o.data} is not what the run was trained on")
         if start and any(start["meta"][name] != self.meta[name] for name in ("tokenizer", "vocab_size")):
@@ -330,11 +332,11 @@ class Run:
         self.tokenizer, end = load_tokenizer(self.meta["tokenizer"]), self.meta["end"]
         config.vocab_size = self.tokenizer.n_vocab
         if config.vocab_size != self.meta["vocab_size"]:
-            raise InputError(f"--data={o.data}: is of another version; make it again with data/prepare.py")
+            raise InputError(f"--data={o.data}: was made with another tokenizer; make it again with data/prepare.py")
         self.starts, _ = story_rows(self.train_tokens, end, size)
         self.starts = self.starts[self.starts + size < len(self.train_tokens)]  # where a whole row fits
         if not len(self.starts):
-            raise InputError(f"--block_size={size}: there are only {len(self.train_tokens) - 1} tokens to train on")
+            raise InputError(f"--block_size={size}: the training data has only {len(self.train_tokens) - 1} tokens")
         self.val_rows, self.val_ends = story_rows(self.val_tokens, end, size), np.flatnonzero(self.val_tokens == end)
 
         torch.manual_seed(o.seed)
@@ -350,29 +352,30 @@ class Run:
                 idx, _ = self.training_batch(np.random.default_rng(o.seed).choice(self.starts, 64))
                 self.model = convert(source, config, second_moments(source, idx))
         self.optimizers = make_optimizers(self.model, o)
-        self.first, self.best, self.losses, self.norm = 0, math.inf, [], None
+        self.first_step, self.best_val_loss, self.losses, self.norm = 0, math.inf, [], None
         if o.resume:
             self.model.load_state_dict(start["model"])
             for optimizer, state in zip(self.optimizers, start["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
             self.scaler.load_state_dict(start["scaler"])
-            self.first, self.best = start["step"], start["best"]
+            self.first_step, self.best_val_loss = start["step"], start["best"]
             self.losses = list(torch.tensor(start["losses"], device=self.device))
         self.ddp = DistributedDataParallel(self.model) if self.processes > 1 else None
         self.net = torch.compile(self.ddp or self.model, disable=not o.compile)
 
     def training_batch(self, starts):
-        """Rows of block_size tokens. They begin with a story; the last story of a row may break off."""
+        """idx, targets (B, block_size), the rows that begin at `starts`. The last story of a row may be cut off."""
         return batch(self.train_tokens, starts, np.full(len(starts), self.config.block_size), self.device)
 
     def step(self, step):
-        """Forward, backward and update on the batches of this step. Only float16 waits for the device."""
+        """Forward, backward and update on the batches of this step. Does not wait for the device, except in float16."""
         o = self.options
+        self.model.train()
         torch.manual_seed(o.seed + step * self.processes + self.process)  # dropout
         starts = np.random.default_rng((o.seed, step)).choice(self.starts, (o.grad_accum, o.batch_size))
         total = 0.0
         for i, rows in enumerate(starts[:, self.process :: self.processes]):
-            last = i == o.grad_accum - 1  # processes add their gradients once, at the end
+            last = i == o.grad_accum - 1  # DDP averages gradients only after the last batch
             with self.ddp.no_sync() if self.ddp and not last else nullcontext():
                 with self.autocast:
                     loss = self.net(*self.training_batch(rows))[1] / o.grad_accum
@@ -387,7 +390,7 @@ class Run:
                 group["lr"] = learning_rate(step, o)
         self.norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), o.grad_clip)
         for optimizer in self.optimizers:
-            # Not scaler.step: it skips one optimizer if that one's gradients overflow. Here both skip the step
+            # scaler.step would skip only the optimizer whose gradients overflowed; both must skip
             if o.dtype != "float16" or self.norm.isfinite():
                 optimizer.step()
             optimizer.zero_grad()
@@ -396,54 +399,49 @@ class Run:
 
     @torch.no_grad()
     def evaluate(self, model, batches=None):
-        """Loss on the first batches of the validation data, or on all of it -> nats per token, and what a perfect model
-        would lose there (None if unknown)."""
+        """Validation loss in nats per token, on the first batches or on all data, and the floor there: the loss of a
+        perfect model, or None if it is unknown."""
         model.eval()
-        total, count, size = 0.0, 0, self.options.batch_size // self.processes  # only one of them evaluates
-        for i in range(0, len(self.val_rows[0]), size)[:batches]:
+        total, count, size = 0.0, 0, self.options.batch_size // self.processes  # what fits on one process
+        for i in range(0, len(self.val_rows[0]), size)[: batches and batches * self.processes]:
             starts, lengths = (column[i : i + size] for column in self.val_rows)
             with self.autocast:
                 loss = model(*batch(self.val_tokens, starts, lengths, self.device))[1]
             total, count = total + loss * int(lengths.sum()), count + int(lengths.sum())
-        model.train()
         if not self.meta["val_nats"]:
             return float(total) / count, None
-        nats = np.cumsum([0.0, *self.meta["val_nats"]])  # up to each end of a story
+        nats = np.cumsum([0.0, *self.meta["val_nats"]])  # information up to the end of each story
         return float(total) / count, float(np.interp(count, self.val_ends, nats)) / count
-
-    def over_floor(self, val_loss, floor):
-        """Excess over the floor; for text without one, bits per byte, which do not depend on the tokenizer."""
-        meta = self.meta
-        return val_loss - floor if floor else val_loss * meta["val_tokens"] / meta["val_bytes"] / math.log(2)
 
     def save(self, step, val_loss=None, floor=None):
         """Write last.pt; and if val_loss is given and the best so far, ckpt.pt."""
-        git = "git describe --always --dirty --abbrev=40 --exclude=*"  # by a shell: without git there is no error
+        git = "git describe --always --dirty --abbrev=40 --exclude=*"  # by a shell, so that a missing git is no error
         made = subprocess.run(git, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
         checkpoint = dict(format=FORMAT, config=asdict(self.config), model=self.model.state_dict(), step=step)
         checkpoint |= dict(val_loss=val_loss, floor=floor, meta=self.facts, options=vars(self.options))
         checkpoint |= dict(made_by={"revision": made, "torch": str(torch.__version__)})
-        if val_loss is not None and val_loss < self.best:
-            self.best = val_loss
+        if val_loss is not None and val_loss < self.best_val_loss:
+            self.best_val_loss = val_loss
             write(self.out / "ckpt.pt", checkpoint)
-        state = dict(best=self.best, losses=[float(loss) for loss in self.losses], scaler=self.scaler.state_dict())
-        state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
+        state = dict(best=self.best_val_loss, losses=[float(loss) for loss in self.losses])
+        state |= dict(optimizers=[x.state_dict() for x in self.optimizers], scaler=self.scaler.state_dict())
         write(self.out / "last.pt", checkpoint | state)
 
     def check_finite(self, step, losses):
         if not math.isfinite(total := float(sum(losses))):
-            told = f"loss is {total}; {self.out} keeps what was saved before; try a lower --lr than {self.options.lr}"
-            raise FloatingPointError(f"by step {step} the {told}")
+            kept = f"the checkpoints in {self.out} are from before; try a lower --lr than {self.options.lr}"
+            raise FloatingPointError(f"by step {step} the loss is {total}; {kept}")
 
     def report(self, step):
         """Evaluate, print a line, log it, and save."""
         o, tokens = self.options, self.options.batch_size * self.options.grad_accum * self.config.block_size
         losses = [float(loss) for loss in self.losses]  # waits for the device
-        seconds, timed = time.perf_counter() - self.clock[0], step - self.clock[1]
+        seconds, steps_timed = time.perf_counter() - self.clock[0], step - self.clock[1]
         val_loss, floor = self.evaluate(self.model, o.eval_steps)
         self.check_finite(step, [*losses, val_loss])
-        loss, over = sum(losses) / len(losses) if losses else None, self.over_floor(val_loss, floor)
-        rate = timed * tokens / seconds if timed else None
+        loss = sum(losses) / len(losses) if losses else None
+        over = val_loss - floor if floor else val_loss * self.bits_per_byte
+        rate = steps_timed * tokens / seconds if steps_timed else None
         mfu = rate and utilization(rate / self.processes, self.model, self.device, o.dtype)
         left = rate and (o.steps - step) * tokens / rate / 60
         cells = (loss, ".4f"), (val_loss, ".4f"), (over, ".4f"), (rate, ",.0f"), (mfu, ".0%"), (left, ".1f")
@@ -459,34 +457,34 @@ class Run:
     def train(self):
         """Take all steps, with a report every eval_interval. Ctrl-C and SIGTERM stop after the current step.
         Returns the exit status: None if done, 130 if stopped."""
-        o, stop, self.clock = self.options, [], (time.perf_counter(), self.first)
+        o, stop, self.clock = self.options, [], (time.perf_counter(), self.first_step)
         if self.leader:
-            open_folder(self.out, self.first if o.resume else None)
+            start_folder(self.out, self.first_step if o.resume else None)
             print(f"{o.attn}, {sum(p.numel() for p in self.model.parameters()):,} parameters; {self.device}, {o.dtype}")
             over = "excess" if self.meta["val_nats"] else "bits/byte"
             print("  step", *(f"{word:>9}" for word in ("loss", "val loss", over, "tokens/s", "MFU", "min left")))
         handlers = {s: signal.signal(s, lambda s, _: stop.append(s)) for s in (signal.SIGINT, signal.SIGTERM)}
         snapshots = {round(o.steps * (i / 20) ** 2) for i in range(21)}  # dense at the start, where spectra change most
-        for step in range(self.first, o.steps + 1):
-            if self.leader and not (o.resume and step == self.first):  # that was saved after its report
+        for step in range(self.first_step, o.steps + 1):
+            if self.leader and not (o.resume and step == self.first_step):  # that step was reported before it was saved
                 if step in snapshots:
                     with open(self.out / "spectrum.jsonl", "a") as file:
                         file.write(snapshot(self.model, step) + "\n")
                 if step % o.eval_interval == 0 or step == o.steps:
                     self.report(step)
-            if agree(bool(stop)) or step == o.steps:
+            if any_process(bool(stop)) or step == o.steps:
                 break
             self.step(step)
-            if step == self.first:  # it compiled; wait for it, and start the clock
+            if step == self.first_step:  # the first step compiles: do not time it
                 float(self.losses[-1])
                 self.clock = time.perf_counter(), step + 1
         if self.leader:
             if step < o.steps:
                 self.check_finite(step, self.losses)
                 self.save(step)
-                print(f"stopped after {step} of {o.steps} steps; continue: python train.py --resume --out={self.out}")
+                print(f"stopped after {step} of {o.steps} steps. To go on: python train.py --resume --out={self.out}")
             draw(self.out)
-        agree(False)  # torchrun ends all processes when one of them ends
+        any_process(False)  # a barrier: a stopped run exits with 130, and torchrun would kill a leader that still saves
         for s, handler in handlers.items():  # only now: a second Ctrl-C must not interrupt saving
             signal.signal(s, handler)
         if step < o.steps:
@@ -495,15 +493,14 @@ class Run:
             self.finish()
 
     def finish(self):
-        """Print what the best model has learnt, on all validation data; its cache, a story, and what to try next."""
+        """Print the best model's loss on all validation data, its recall, its cache, a story, and what to try next."""
         path, o = self.out / "ckpt.pt", self.options
         model, checkpoint = load_checkpoint(path, self.device)
         loss, floor = self.evaluate(model)
         write(path, checkpoint | {"val_loss": loss, "floor": floor})
-        model.eval()
         print(f"\nval loss {loss:.4f} nats per token on all {self.meta['val_stories']:,} validation stories")
         if not floor:
-            print(f"         {self.over_floor(loss, floor):.4f} bits per byte of text")
+            print(f"         {loss * self.bits_per_byte:.4f} bits per byte of text")
         else:
             print(f"excess   {loss - floor:.4f} above the floor of {floor:.4f}, the loss of a perfect model")
             try:
@@ -515,7 +512,7 @@ class Run:
             except InputError as error:  # stories of another version of the world, or longer than the context
                 print(f"recall   is not known: {error}")
         cached, of_mha = model.kv_bytes_per_token(torch.bfloat16), o.n_layer * 2 * o.n_embd * 2
-        print(f"KV cache {cached:,} bytes per token in bfloat16; mha has {of_mha:,} ({cached / of_mha - 1:+.0%})")
+        print(f"KV cache {cached:,} bytes per token in bfloat16, {cached / of_mha:.0%} of mha's {of_mha:,}")
         print(f"\n{wrap(tell(model, self.tokenizer, 'Once upon a time'))}\n")
         other = "mla_decoupled" if o.attn != "mla_decoupled" else "mha_rope"
         print(f'next: python model.py {path} --prompt="One sunny day" --seed=1')
