@@ -2,7 +2,8 @@
 
 Runs on a CPU, a Mac, a GPU, or several GPUs under torchrun. Writes to --out: ckpt.pt (the best model so far), last.pt
 (for --resume), log.jsonl, train.png, and spectrum.jsonl (snapshots of the spectrum of W_Q W_K^T). The batches
-and dropout of a step depend only on the seed and the step number, so a resumed run ends like an uninterrupted one.
+and dropout of a step depend only on its number, the seed, and the number of processes, so a resumed run ends like an
+uninterrupted one.
 """
 
 import copy
@@ -10,6 +11,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,10 +33,10 @@ from model import ATTN, FORMAT, GPT, LEARNED, MLA, SIZES, GPTConfig, load_checkp
 from spectrum import snapshot
 
 BUDGETS = {  # a training budget for each size. Only tiny has been run
-    "tiny": dict(batch_size=8, steps=2000, lr=dict(muon=8e-3, adamw=4e-3)),
-    "30m": dict(batch_size=64, steps=5000, lr=dict(muon=4e-3, adamw=1e-3)),
-    "124m": dict(batch_size=64, steps=10000, lr=dict(muon=3e-3, adamw=6e-4)),
-    "200m": dict(batch_size=64, steps=10000, lr=dict(muon=2e-3, adamw=5e-4)),
+    "tiny": dict(batch_size=8, grad_accum=1, steps=2000, lr=dict(muon=8e-3, adamw=4e-3)),
+    "30m": dict(batch_size=16, grad_accum=4, steps=5000, lr=dict(muon=4e-3, adamw=1e-3)),
+    "124m": dict(batch_size=16, grad_accum=4, steps=10000, lr=dict(muon=3e-3, adamw=6e-4)),
+    "200m": dict(batch_size=16, grad_accum=4, steps=10000, lr=dict(muon=2e-3, adamw=5e-4)),
 }
 FLAGS = {  # name: type or choices, default, help. A default of None depends on other flags; resolve() fills it in
     "attn": (ATTN, "mha_rope", "attention variant"),
@@ -56,7 +58,7 @@ FLAGS = {  # name: type or choices, default, help. A default of None depends on 
     "resume": (bool, False, "continue the run in --out where it stopped"),
     "steps": (int, None, "optimizer steps; 0 only evaluates and saves (default: by size)"),
     "batch_size": (int, None, "sequences per batch, summed over processes (default: by size)"),
-    "grad_accum": (int, 1, "batches per step"),
+    "grad_accum": (int, None, "batches per step (default: by size)"),
     "optimizer": (("muon", "adamw"), "muon", "muon: Muon inside blocks, AdamW elsewhere; adamw: AdamW everywhere"),
     "lr": (float, None, "peak learning rate (default: by size and optimizer)"),
     "warmup": (float, 0.02, "fraction of the steps to warm up for; then the rate falls linearly to zero"),
@@ -67,7 +69,7 @@ FLAGS = {  # name: type or choices, default, help. A default of None depends on 
     "seed": (int, 0, "seed of weights, batches and dropout"),
     "device": (str, None, "cpu, mps, cuda, cuda:1, ... (default: cuda if there is one, else mps, else cpu)"),
     "dtype": (("bfloat16", "float16", "float32"), None, "precision of matrix products (default: 16 bits where fast)"),
-    "compile": (bool, None, "torch.compile the model (default: on cuda)"),
+    "compile": (bool, None, "torch.compile the model (default: on cuda, if there is a C compiler)"),
 }
 MINIMUM = dict(batch_size=1, grad_accum=1, eval_interval=1, eval_steps=1, block_size=16, grad_clip=1e-9)
 MINIMUM |= dict(steps=0, lr=0, warmup=0, weight_decay=0, seed=0)
@@ -95,7 +97,8 @@ def resolve(given):
     kind = device.split(":")[0]
     size = given.get("size") or ("tiny" if kind == "cpu" else "30m")
     defaults = {name: default for name, (_, default, _) in FLAGS.items()} | SIZES[size] | BUDGETS[size]
-    defaults |= dict(lr=BUDGETS[size]["lr"][given.get("optimizer", "muon")], compile=kind == "cuda")
+    defaults |= dict(lr=BUDGETS[size]["lr"][given.get("optimizer", "muon")])
+    defaults |= dict(compile=kind == "cuda" and any(map(shutil.which, ("gcc", "clang"))))
     o = Namespace(**defaults | given | {"device": device, "size": size})
     o.eval_interval = max(1, o.steps // 20) if o.eval_interval is None else o.eval_interval
     o.dtype = o.dtype or ("bfloat16" if fast_bfloat16(device) else "float16" if kind == "cuda" else "float32")
@@ -139,6 +142,8 @@ def set_up_device(o):
     processes, device = int(os.environ.get("WORLD_SIZE", 1)), o.device
     if o.batch_size % processes:
         raise InputError(f"--batch_size={o.batch_size}: must be a multiple of the {processes} processes")
+    if processes > 1 and ":" in device:
+        raise InputError(f"--device={device}: leave out the index; torchrun gives each process its own")
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     check_device(device)
@@ -254,8 +259,8 @@ def learning_rate(step, o):
 def utilization(tokens_per_second, model, device, dtype):
     """MFU: the share of a GPU's peak FLOP/s; None if the peak is unknown. A token costs 6 FLOPs per weight, and
     12 n_layer n_embd for each token it attends to: half the context on average (Chowdhery et al. 2022, appendix B)."""
-    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else ""
-    peak = next((peaks[dtype == "float32"] * 1e12 for gpu, peaks in PEAK_TFLOPS.items() if gpu in name), None)
+    words = torch.cuda.get_device_name(device).replace("-", " ").split() if device.startswith("cuda") else []
+    peak = next((peaks[dtype == "float32"] * 1e12 for gpu, peaks in PEAK_TFLOPS.items() if gpu in words), None)
     c, weights = model.config, sum(p.numel() for p in model.parameters())
     return peak and tokens_per_second * 6 * (weights + c.n_layer * c.n_embd * c.block_size) / peak
 
@@ -269,8 +274,9 @@ def write(path, checkpoint):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError if a write fails
-        temporary.unlink(missing_ok=True)
         raise OSError(f"{path}: cannot be written ({error}); the previous file is intact") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def start_folder(out, resumed_at):
@@ -350,7 +356,7 @@ class Run:
                 self.model.load_state_dict(source.state_dict())
             else:
                 idx, _ = self.training_batch(np.random.default_rng(o.seed).choice(self.starts, 64))
-                self.model = convert(source, config, second_moments(source, idx))
+                self.model = convert(source, config, second_moments(source, idx[:, : source.config.block_size]))
         self.optimizers = make_optimizers(self.model, o)
         self.first_step, self.best_val_loss, self.losses, self.norm = 0, math.inf, [], None
         if o.resume:
@@ -480,11 +486,13 @@ class Run:
                 self.clock = time.perf_counter(), step + 1
         if self.leader:
             if step < o.steps:
-                self.check_finite(step, self.losses)
+                self.check_finite(step, [p.detach().sum() for p in self.model.parameters()])
                 self.save(step)
                 print(f"stopped after {step} of {o.steps} steps. To go on: python train.py --resume --out={self.out}")
             draw(self.out)
         any_process(False)  # a barrier: a stopped run exits with 130, and torchrun would kill a leader that still saves
+        if self.ddp:
+            dist.destroy_process_group()
         for s, handler in handlers.items():  # only now: a second Ctrl-C must not interrupt saving
             signal.signal(s, handler)
         if step < o.steps:
@@ -498,7 +506,8 @@ class Run:
         model, checkpoint = load_checkpoint(path, self.device)
         loss, floor = self.evaluate(model)
         write(path, checkpoint | {"val_loss": loss, "floor": floor})
-        print(f"\nval loss {loss:.4f} nats per token on all {self.meta['val_stories']:,} validation stories")
+        on = f"on all {self.meta['val_stories']:,} validation stories, after {checkpoint['step']} steps"
+        print(f"\nval loss {loss:.4f} nats per token {on}")
         if not floor:
             print(f"         {loss * self.bits_per_byte:.4f} bits per byte of text")
         else:
@@ -516,11 +525,12 @@ class Run:
         print(f"\n{wrap(tell(model, self.tokenizer, 'Once upon a time'))}\n")
         other = "mla_decoupled" if o.attn != "mla_decoupled" else "mha_rope"
         print(f'next: python model.py {path} --prompt="One sunny day" --seed=1')
-        print(f"      python train.py --attn={other} --out={self.out}/{other}")
+        print(f"      python train.py --attn={other} --data={o.data} --out={self.out}/{other}")
 
 
 def main():
-    sys.exit(Run(parse_arguments()).train())
+    if status := Run(parse_arguments()).train():
+        sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def check_device(device):
 
     try:
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise InputError(f"--device={device}: not available: {str(error).splitlines()[0]}") from error
 
 

@@ -302,7 +302,7 @@ def recall(model, data, stories=None):
         idx = torch.tensor([[*tokens.tolist(), meta["end"]]], device=device)
         with torch.no_grad():
             logits, loss = model(idx[:, :-1], idx[:, 1:])
-        logits = logits[0].double().cpu()
+        logits = logits[0].cpu().double()
         scored += len(tokens)
         excess += loss.item() * len(tokens) - story.nats
         for word, (position, distance) in zip(story.decided, positions, strict=True):
@@ -315,8 +315,8 @@ def recall(model, data, stories=None):
                 left = [option for option in left if option[i : i + 1] == [token]]
                 i += 1
             rows.append((number, distance, p, 1 / len(every), 1 / word.used, word.asked and word.used > 1))
-    if not rows:
-        raise InputError(f"no validation story fits into a context of {model.config.block_size} tokens")
+    if not any(asked for *_, asked in rows):
+        raise InputError(f"no validation story of at most {model.config.block_size} tokens asks for a word")
     found = dict(zip(("story", "distance", "p", "chance", "copying", "asked"), np.array(rows).T, strict=True))
     found["asked"] = asked = found["asked"].astype(bool)
     mean, error = mean_and_error(found["p"][asked], found["story"][asked])

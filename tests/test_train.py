@@ -229,7 +229,7 @@ def test_recall_is_not_told_where_it_cannot_be(start, stories, capsys, tmp_path)
     """No story fits into the context; the stories are of another world. The rest is printed all the same."""
     start(*SMALL, "--block_size=16", "--steps=1", "--device=cpu")
     printed = capsys.readouterr().out
-    assert "no validation story fits" in printed and "KV cache" in printed
+    assert "no validation story of at most 16 tokens asks" in printed and "KV cache" in printed
     shutil.copytree(stories, tmp_path / "older")
     meta = json.loads((tmp_path / "older" / "meta.json").read_text())
     (tmp_path / "older" / "meta.json").write_text(json.dumps(meta | {"seed": 1}))
