@@ -191,8 +191,10 @@ def test_fine_tuning_goes_on_from_the_weights_with_a_schedule_of_its_own(trained
     options = load_checkpoint(tmp_path / "tuned" / "ckpt.pt")[1]["options"]
     assert options["n_layer"] == 2 and options["init_from"] == str(start)
     longer = [*flags, "--block_size=96", "--steps=0", f"--out={tmp_path / 'longer'}"]  # RoPE allows it
-    train.Run(train.parse_arguments(longer)).train()
-    assert load_checkpoint(tmp_path / "longer" / "ckpt.pt")[0].config.block_size == 96
+    for attn in ("mha_rope", "mla_rope"):  # kept, and converted
+        train.Run(train.parse_arguments([*longer, f"--attn={attn}"])).train()
+        config = load_checkpoint(tmp_path / "longer" / "ckpt.pt")[0].config
+        assert (config.block_size, config.attn) == (96, attn)
 
 
 def test_a_converted_run_that_was_stopped_resumes(trained, stories, tmp_path, monkeypatch):
