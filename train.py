@@ -30,7 +30,7 @@ from data.common import DATA, InputError, Parser, check_device, fast_bfloat16, l
 from data.judge import recall
 from data.prepare import prepare
 from model import ATTN, FORMAT, GPT, LEARNED, MLA, SIZES, GPTConfig, load_checkpoint, tell
-from spectrum import snapshot
+from spectrum import second_moments, snapshot
 
 BUDGETS = {  # a training budget for each size. Only tiny has been run
     "tiny": dict(batch_size=8, grad_accum=1, steps=2000, lr=dict(muon=8e-3, adamw=4e-3)),
@@ -184,22 +184,6 @@ def batch(tokens, starts, lengths, device):
     if device.startswith("cuda"):  # pinned, so that copying overlaps with computing
         return tuple(tensor.pin_memory().to(device, non_blocking=True) for tensor in (idx, targets))
     return idx.to(device), targets.to(device)
-
-
-@torch.no_grad()
-def second_moments(model, idx):
-    """For each layer, E[x x^T] (d, d), float64, where x is the input of its attention, averaged over idx (B, T)."""
-    moments = []
-
-    def add(attention, inputs):
-        x = inputs[0].flatten(0, 1).cpu().double()
-        moments.append(x.mT @ x / len(x))
-
-    hooks = [block.attn.register_forward_pre_hook(add) for block in model.blocks]
-    model(idx)
-    for hook in hooks:
-        hook.remove()
-    return moments
 
 
 def compress(w, moment, rank):

@@ -3,20 +3,19 @@
 import json
 import math
 from dataclasses import asdict
-from functools import partial
+from functools import partial, reduce
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import integrate
 
 import spectrum
 import train
 from data.prepare import prepare
-from model import ATTN, FORMAT, GPT, MLA, GPTConfig
-from spectrum import NULLS, chain_law, decoupled_law, diagnose, eigenvalues, laws, paths, qk_chains, spectra
+from model import ATTN, FORMAT, GPT, LEARNED, MLA, GPTConfig
+from spectrum import NULLS, chain_law, diagnose, eigenvalues, haar, laws, logit_ranks, qk_factors, spectra, spiked
 
 SMALL = dict(n_layer=2, n_head=2, n_embd=32, vocab_size=8, block_size=8)
 
@@ -54,7 +53,7 @@ def test_upper_edges(dims, upper):
 @settings(max_examples=30, deadline=None)
 def test_edges_are_where_lambda_is_stationary(dims):
     """The edges once more, as extrema of a function of a real variable: polynomial roots."""
-    dims = sorted(dims)
+    dims = tuple(sorted(dims))
     others = dims[0] / np.array(dims[1:], dtype=float)
     numerator = np.poly1d([1, 1])
     for c in others:
@@ -87,7 +86,7 @@ def test_one_factor_is_marchenko_pastur(n, times):
 @settings(max_examples=12, deadline=None)
 def test_mass_and_mean_are_one_and_cdf_is_the_integral_of_pdf(n, ratios):
     """Square or clearly not: between these the density has a peak at the lower edge that quadrature does not see."""
-    dims = [n, *(math.ceil(n * ratio) for ratio in ratios)]
+    dims = (n, *(math.ceil(n * ratio) for ratio in ratios))
     law = chain_law(dims)
     assert law.cdf(np.array([-1, law.lower, law.upper, 2 * law.upper])).tolist() == [0, 0, 1, 1]
     assert law.pdf(np.array([-1, 2 * law.upper])).tolist() == [0, 0]
@@ -117,20 +116,8 @@ def test_the_law_of_a_chain_is_that_of_its_simulation(n, others, place, seed):
     dims = [round(n * ratio) for ratio in others]
     dims.insert(place, n)
     x = np.sort(squared_singular_values(product(dims, np.random.default_rng(seed)))[: min(dims)])
-    cdf, steps = chain_law(dims).cdf(x / x.mean()), np.arange(len(x) + 1) / len(x)
+    cdf, steps = chain_law(tuple(dims)).cdf(x / x.mean()), np.arange(len(x) + 1) / len(x)
     assert max(abs(cdf - steps[:-1]).max(), abs(cdf - steps[1:]).max()) < 0.02
-
-
-def test_the_simulated_law_agrees_with_a_formula_where_there_is_one():
-    """Where the rotary part is next to nothing, it is the content's; its cdf and quantiles belong together."""
-    law, formula = decoupled_law(256, 64, 128, 2, 1e-9), chain_law((256, 64, 128, 256))
-    x = law.x[len(law.x) * 2 // 66 :]  # without the two per head that are nearly 0
-    np.testing.assert_allclose(np.quantile(x, [0.1, 0.5, 0.9]), formula.quantile([0.1, 0.5, 0.9]) * x.mean(), rtol=0.03)
-    law = decoupled_law(256, 64, 128, 32, 1.0)
-    np.testing.assert_allclose(law.cdf(law.quantile([0.1, 0.5, 0.9])), [0.1, 0.5, 0.9], atol=2e-3)
-    grid = np.geomspace(law.lower, law.upper, 2000)
-    assert integrate.trapezoid(law.pdf(grid), grid) == pytest.approx(1, abs=0.03)
-    assert law.x.mean() == pytest.approx(1) and law.cdf(law.upper) == 1
 
 
 @pytest.mark.parametrize("dims", [(), (5,), (3, 0), (3, -1), (2.5, 3), (3, float("nan"))])
@@ -185,53 +172,72 @@ def test_small_grams_have_the_eigenvalues_of_the_full_matrix(attn, deepseek, ran
     for name, weight in model.named_parameters():
         if "attn.norm" in name:
             torch.nn.init.uniform_(weight, 0.5, 1.5)
-    found, shapes = spectra(model), paths(model.config)
-    assert found.keys() == shapes.keys()
+    found = spectra(model)
     for layer in range(2):
         for circuit, heads in full_matrices(model, layer).items():
             for level, matrices in (("heads", heads), ("layer", [sum(heads)])):
                 for mine, m in zip(found[circuit][level][layer], matrices, strict=True):
-                    n = min(shapes[circuit][level])
+                    n = len(mine)
                     everything = np.linalg.eigvalsh(m @ m.T)[::-1]
-                    assert mine.shape == (n,)
+                    assert n == np.linalg.matrix_rank(m)
                     np.testing.assert_allclose(mine, everything[:n], atol=1e-12 * everything[0], rtol=1e-6)
-                    assert (abs(everything[n:]) < 1e-12 * everything[0]).all()  # n is the rank
+                    assert (abs(everything[n:]) < 1e-12 * everything[0]).all()
 
 
+@pytest.mark.parametrize("distance", [0, 5])
 @pytest.mark.parametrize("attn, deepseek", [(attn, False) for attn in ATTN] + [(attn, True) for attn in MLA])
-def test_the_chains_are_what_attention_scores_with(attn, deepseek):
-    """Where no position turns anything, a head's scores are x M x^T / sqrt(h), M the product of its chain; behind a
-    norm, each token's share of it is divided by the size of its latent."""
+def test_the_factors_are_what_attention_scores_with(attn, deepseek, distance):
+    """A head's score of a query, `distance` after a key at position 0, is x M x'^T / sqrt(h + R); behind a norm, each
+    token's share of it is divided by the size of its latent."""
     torch.manual_seed(0)
     options = {"latent_norm": True, "q_rank": 0.75, "joint": attn != "mla_prerope"} if deepseek else {}
     config = GPTConfig(attn=attn, **SMALL | {"n_head": 4, "n_layer": 1}, **options)
     model = GPT(config).double()
     for weight in model.parameters():
         torch.nn.init.normal_(weight, std=0.3) if weight.dim() == 2 else torch.nn.init.uniform_(weight, 0.5, 1.5)
-    attention, positions = model.blocks[0].attn, torch.arange(7)
-    x = torch.randn(1, 7, 32, dtype=torch.float64)
+    attention, x = model.blocks[0].attn, torch.randn(1, 7, 32, dtype=torch.float64)
+    positions = torch.tensor([0] * 6 + [distance])  # the last token looks at the six others
+    mask = torch.zeros(7, 7, dtype=torch.float64)
+    mask[:, 6] = -torch.inf
     seen = {}
     for name, module in attention.named_children():
         module.register_forward_hook(lambda module, args, out, name=name: seen.update({name: (args[0], out)}))
-    if attention.rope is not None:  # position 0 turns nothing
-        attention.rope.cos, attention.rope.sin = (t[:1].expand(8, -1) for t in (attention.rope.cos, attention.rope.sin))
-    mask = torch.full((7, 7), -torch.inf, dtype=torch.float64).triu(1)
     with torch.no_grad():
+        if attn == "mla_rope":  # expanding takes keys to stand at 0, 1, 2, ...
+            rope = attention.rope.forward
+            attention.rope.forward = lambda x, at: rope(x, positions if len(at) == 7 else at)
         attention(x, positions, mask)
+        if attn == "mla_rope":
+            del attention.rope.forward
     size = {name: torch.ones(1, 7, 1) for name in ("norm_q", "norm_k")}
     if deepseek:
         size = {name: (seen[name][0] ** 2).mean(-1, keepdim=True).sqrt() for name in size}
-    h, R = config.head_dim, config.rope_dim or 0
-    values = seen["w_uv" if attn in MLA else "w_v"][1][0].detach().unflatten(1, (-1, h))
-    mixed = []
-    for head, chains in enumerate(qk_chains(model, 0)):
-        rows = x[0] / size["norm_q"][0]
-        scores = rows @ torch.linalg.multi_dot(chains["content"]) @ (x[0] / size["norm_k"][0]).T
-        if R:
-            scores = scores + rows @ torch.linalg.multi_dot(chains["rotary"]) @ x[0].T
-        p = (scores * (h + R) ** -0.5 + mask).softmax(-1)
-        mixed.append(p @ values[:, head * values.size(1) // config.n_head])
-    torch.testing.assert_close(seen["w_o"][0][0].detach(), torch.cat(mixed, 1), rtol=1e-5, atol=1e-6)
+    values = seen["w_uv" if attn in MLA else "w_v"][1][0].detach().unflatten(1, (-1, config.head_dim))
+    factors, mixed = qk_factors(attention, distance), []
+    for head in range(4):
+        content, *rotary = (reduce(torch.matmul, factors[c]["heads"])[head] for c in factors if c != "both")
+        scores = x[0, 6] / size["norm_q"][0, 6] @ content @ (x[0, :6] / size["norm_k"][0, :6]).T
+        if rotary:
+            scores = scores + x[0, 6] / size["norm_q"][0, 6] @ rotary[0] @ x[0, :6].T
+        p = (scores * (config.head_dim + (config.rope_dim or 0)) ** -0.5).softmax(-1)
+        mixed.append(p @ values[:6, head * values.size(1) // 4])
+    torch.testing.assert_close(seen["w_o"][0][0, 6].detach(), torch.cat(mixed), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("attn", ATTN)
+def test_both_parts_add_up_and_a_layer_is_the_sum_of_its_heads(attn):
+    factors = qk_factors(
+        GPT(GPTConfig(attn=attn, **SMALL | {"n_head": 4}, q_rank=0.5 if attn == "mla_decoupled" else None))
+        .blocks[0]
+        .attn
+    )
+    products = {c: {at: reduce(torch.matmul, f) for at, f in levels.items()} for c, levels in factors.items()}
+    for levels in products.values():
+        torch.testing.assert_close(levels["heads"].sum(0), levels["layer"][0])
+    if attn == "mla_decoupled":
+        torch.testing.assert_close(
+            products["both"]["heads"], products["content"]["heads"] + products["rotary"]["heads"]
+        )
 
 
 @given(
@@ -253,36 +259,80 @@ def test_eigenvalues_of_any_chain(dims, batch, seed):
     np.testing.assert_allclose(found, expected[:, : min(dims)], atol=1e-10 * expected.max())
 
 
-CHANCE = [*((attn, 1, None) for attn in ATTN), ("mla_decoupled", 4, None), ("mla", 1, 0.5), ("mla_decoupled", 1, 0.5)]
-
-
-@pytest.mark.parametrize("attn, strength, q_rank", CHANCE)
-def test_chance_is_called_chance_by_chain_and_structure_by_mp(attn, strength, q_rank):
-    """The artefact: before any training, mp sees outliers, in every variant, circuit and level. The law of chain fits,
-    and goes on to if training makes a part of the weights larger, without structure."""
-    config = GPTConfig(attn=attn, q_rank=q_rank, **SMALL | {"n_embd": 256, "n_head": 4, "n_layer": 1})
-    values = {}
-    for seed in range(20):
-        torch.manual_seed(seed)
-        model = GPT(config)
-        for name, weight in model.named_parameters():
-            weight.data *= strength if "w_qr" in name or "w_dk" in name and seed % 2 else 1
-        for circuit, levels in spectra(model).items():
-            for level, found in levels.items():
-                values.setdefault(circuit, {}).setdefault(level, []).append(found)
-    values = {c: {level: np.array(found) for level, found in levels.items()} for c, levels in values.items()}
-    shares = {null: [] for null in NULLS}
+@pytest.mark.parametrize("attn, q_rank", [*((attn, None) for attn in ATTN), ("mla", 0.5), ("mla_decoupled", 0.5)])
+def test_chance_is_called_chance_by_chain_and_structure_by_mp(attn, q_rank):
+    """The artefact: before any training, mp sees outliers, in every variant. The law of chain fits, at any scale."""
+    config = GPTConfig(attn=attn, q_rank=q_rank, **SMALL | {"n_embd": 256, "n_head": 4, "n_layer": 20})
+    torch.manual_seed(0)
+    model, rng = GPT(config), np.random.default_rng(0)
+    for weight in model.blocks.parameters():
+        weight.data *= rng.uniform(0.1, 10)
+    found = spectra(model)
     for null in NULLS:
-        for circuit, levels in laws(config, null, values).items():
+        for circuit, levels in laws(config, null).items():
             for level, law in levels.items():
-                found = diagnose(values[circuit][level], law)
-                shares[null].append((found["outliers"].sum(), values[circuit][level].size))
-                share = np.divide(*shares[null][-1])
+                if law is None:
+                    continue
+                said = diagnose(found[circuit][level], law)
+                share = said["outlier_share"].mean()
                 assert share < 0.01 if null == "chain" else share > 0.05, (circuit, level, null, share)
-                if null == "chain" and circuit != "both":
-                    x = np.sort(values[circuit][level] / values[circuit][level].mean(-1, keepdims=True), axis=None)
+                if null == "chain":
+                    x = np.sort(found[circuit][level] / found[circuit][level].mean(-1, keepdims=True), axis=None)
                     assert abs(law.cdf(x) - np.arange(len(x)) / len(x)).max() < 0.03, (circuit, level)
-    assert np.divide(*np.sum(shares["chain"], axis=0)) < 0.005
+                    assert said["effective_rank_of_null"].mean() == pytest.approx(1, abs=0.02)
+
+
+def test_at_most_one_layer_in_twenty_spikes_by_chance():
+    """Random weights, of any scale and shape off the grid: 20 layers of each variant and shape, heads of 16 to 64."""
+    rng, calls = np.random.default_rng(0), []
+    for attn in ATTN:
+        for head_dim, heads, rank in ((16, 4, 0.5), (24, 6, 1.0), (40, 2, 0.5), (64, 2, 0.5)):
+            shape = dict(n_embd=head_dim * heads, n_head=heads, rank=None if attn.startswith("mha") else rank)
+            config = GPTConfig(attn=attn, **SMALL | shape | {"n_layer": 20})
+            torch.manual_seed(int(rng.integers(2**31)))
+            model = GPT(config)
+            for weight in model.blocks.parameters():
+                weight.data *= rng.uniform(0.01, 30)
+            found = spectra(model)
+            for circuit, levels in laws(config, "chain").items():
+                for level, law in levels.items():
+                    if law is not None:
+                        calls += spiked(diagnose(found[circuit][level], law)["p"]).tolist()
+    assert len(calls) > 1000 and np.mean(calls) < 0.05
+
+
+def test_rotations_keep_magnitude_and_lose_alignment():
+    """W_Q and W_K that share their strong direction have a spike; with rotations between them it is gone. A factor
+    that is strong in one direction by itself keeps it. And what is random stays as it was."""
+    generator = torch.Generator().manual_seed(0)
+
+    def gaussian(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    w_q, w_k, law = gaussian(1, 64, 16), gaussian(1, 16, 64), chain_law((64, 16, 64))
+    chance = diagnose(haar([w_q, w_k]), law)
+    assert chance["mp_gap"].shape == (20, 1) and chance["mp_gap"].mean() == pytest.approx(0.9, abs=0.2)
+    q, k = w_q.clone(), w_k.clone()
+    q[..., 0] *= 4
+    k[:, 0] *= 4
+    aligned, rotated = diagnose(eigenvalues([q, k]), law), diagnose(haar([q, k]), law)
+    assert aligned["mp_gap"][0] > 3 * rotated["mp_gap"].mean() > 3 * chance["mp_gap"].mean()
+    assert (aligned["mp_gap"] > rotated["mp_gap"]).all()
+    torch.testing.assert_close(torch.from_numpy(haar([q])), torch.from_numpy(eigenvalues([q])).expand(20, 1, 16))
+    three = haar([w_q, gaussian(1, 16, 32), gaussian(1, 32, 64)])
+    assert three.shape == (20, 1, 16) and diagnose(three, chain_law((64, 16, 32, 64)))["ks"].mean() < 0.15
+
+
+def test_ranks_of_scores_are_those_of_what_attention_sees():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(attn="mha", **SMALL)).double()
+    idx = torch.randint(8, (4, 8))
+    x = model.blocks[0].attn_norm(model.token_embedding(idx) + model.position_embedding.weight).flatten(0, 1).detach()
+    m = reduce(torch.matmul, qk_factors(model.blocks[0].attn)["content"]["heads"])
+    scores = np.linalg.svd((x @ m @ x.T).numpy(), compute_uv=False) ** 2  # (H, tokens): each token against each
+    p = scores / scores.sum(-1, keepdims=True)
+    expected = np.exp(-(p * np.log(np.maximum(p, 1e-300))).sum(-1))
+    np.testing.assert_allclose(logit_ranks(model, idx)[0], expected, rtol=1e-6)
 
 
 # The diagnostics
@@ -293,7 +343,7 @@ def test_a_planted_spike_is_found_above_the_threshold_only(dims):
     """M + strength u v^T has an outlier where strength^2 > lambda+ / ((1 + c_0 psi)(1 + c_m psi)), with psi at the edge
     and c of the outer dimensions (Benaych-Georges and Nadakuditi 2012, theorem 2.8)."""
     law, rng = chain_law(dims), np.random.default_rng(0)
-    psi = law.curve(1e-6).real
+    psi = law.psi[-1].real
     n = min(dims)
     threshold = (law.upper / ((1 + n / dims[0] * psi) * (1 + n / dims[-1] * psi))) ** 0.5
     counts = {}
@@ -343,15 +393,17 @@ def test_diagnostics_by_hand():
     values = np.array([[1.0, 8.0, 1.0, 2.0], [1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0], [1.0, np.nan, 1.0, 1.0]])
 
     class Law:
-        median, upper = 0.5, 1.0
+        median, upper, effective_rank, dims = 0.5, 1.0, 2.0, (4, 8)
+        cdf = staticmethod(lambda x: np.minimum(x, 1))  # uniform in 0..1
 
     found = diagnose(values, Law)
+    assert found["ks"][1] == 0.5  # four values at the median
     assert found["edge"][:2].tolist() == [3, 2]  # medians 1.5 and 1
     assert found["mp_gap"][:2].tolist() == [8 / 3, 1 / 2]
     assert found["outliers"][:2].tolist() == [1, 0] and found["outlier_share"][:2].tolist() == [1 / 4, 0]
     assert found["outlier_energy"][:2].tolist() == [8 / 12, 0]
     assert found["soft_rank"][:2].tolist() == [3 / 8, 1]
-    assert found["stable_rank"][:2].tolist() == [12 / 8, 4] and found["stable_rank_share"][1] == 1
+    assert found["stable_rank"][:2].tolist() == [12 / 8, 4] and found["effective_rank_of_null"][1] == 2
     p = np.array([1, 8, 1, 2]) / 12
     assert found["effective_rank"][:2].tolist() == pytest.approx([np.exp(-(p * np.log(p)).sum()), 4])
     assert np.isnan(found["mp_gap"][2:]).all() and np.isnan(found["effective_rank"][2:]).all()
@@ -377,19 +429,30 @@ def script(call):
 def test_a_checkpoint_of_every_variant_gives_a_complete_report(attn, tmp_path, script):
     path = save(tmp_path / "ckpt.pt", GPT(GPTConfig(attn=attn, **SMALL)))
     for null in NULLS if attn == "mla_decoupled" else ("chain",):
-        status, out, err = script(path, f"--null={null}")
+        distances = [0] if attn in LEARNED else [0, 5]
+        status, out, err = script(path, f"--null={null}", "--distance", *distances)
         assert (status, err) == (0, "")
-        for word in ("layer", "MP-gap", "where", "rank", "null chain", "null mp", "eff. rank"):
+        for word in (
+            "layer",
+            "MP-gap",
+            "fit  ",
+            "spikes",
+            "rank",
+            f"null {null}",
+            "eff. rank",
+            *["5 tokens after"] * (len(distances) - 1),
+        ):
             assert word in out
     report = json.loads((tmp_path / "spectrum.json").read_text())
-    config = GPTConfig(attn=attn, **SMALL)
-    for circuit, levels in paths(config).items():
-        for level, dims in levels.items():
-            rows = 2 if level == "heads" else 1
-            assert np.shape(report["spectra"][circuit][level]) == (1, 2, rows, min(dims))
-            for null in NULLS:
-                for values in report[null][circuit][level].values():
-                    assert np.isfinite(np.array(values, dtype=float)).all() and np.shape(values) == (1, 2, rows)
+    for distance in (f"distance {distance}" for distance in distances):
+        for circuit, levels in laws(GPTConfig(attn=attn, **SMALL), "chain").items():
+            for level, law in levels.items():
+                rows = 2 if level == "heads" else 1
+                assert np.shape(report[distance]["spectra"][circuit][level])[:2] == (2, rows)
+                diagnosed = report[distance]["diagnostics"][circuit][level]
+                assert ("p" in diagnosed) == (law is not None)
+                for values in diagnosed.values():
+                    assert np.isfinite(np.array(values, dtype=float)).all() and np.shape(values) == (1, 1, 2, rows)
     assert (tmp_path / "spectrum.png").stat().st_size > 10000
 
 
@@ -418,12 +481,26 @@ def test_training_leaves_snapshots_dense_at_the_start(three_runs):
 def test_runs_side_by_side_even_if_their_depths_differ(three_runs, script):
     for null in NULLS:
         status, out, err = script(*(three_runs / name for name in "abc"), f"--null={null}")
-        assert (status, err) == (0, "") and out.count("where   ") == 6
+        assert (status, err) == (0, "") and out.count("fit   ") == 8  # 4 circuits; heads and layers
         assert (three_runs / f"dynamics_{null}.png").stat().st_size > 10000
     report = json.loads((three_runs / "dynamics.json").read_text())
-    assert [np.shape(r["chain"]["content"]["heads"]["mp_gap"])[1:] for r in report] == [(1, 2), (1, 2), (3, 2)]
-    status, out, err = script(three_runs / "b", "--circuit=rotary")
-    assert status == 0 and "(rotary)" in out and (three_runs / "b" / "dynamics_chain.png").exists()
+    assert [np.shape(r["diagnostics"]["content"]["heads"]["mp_gap"])[2:] for r in report] == [(1, 2), (1, 2), (3, 2)]
+
+
+def test_runs_that_differ_in_their_seed_alone_are_one_column(three_runs, tmp_path, script):
+    options = "--n_layer=1 --n_head=2 --n_embd=32 --block_size=32 --batch_size=2 --eval_steps=1 --device=cpu --steps=25"
+    again = [
+        f"--data={three_runs / 'stories'}",
+        *options.split(),
+        "--attn=mha_rope",
+        "--seed=1",
+        f"--out={tmp_path / 'd'}",
+    ]
+    train.Run(train.parse_arguments(again)).train()
+    status, out, err = script(three_runs / "a", tmp_path / "d", three_runs / "b", f"--out={tmp_path}")
+    assert (status, err) == (0, "") and "±" in out
+    report = json.loads((tmp_path / "dynamics.json").read_text())
+    assert [np.shape(r["diagnostics"]["content"]["heads"]["mp_gap"])[0] for r in report] == [2, 1]
 
 
 def test_what_cannot_be_analysed_is_left_out_or_refused_in_one_line(three_runs, tmp_path, script):
@@ -441,16 +518,15 @@ def test_what_cannot_be_analysed_is_left_out_or_refused_in_one_line(three_runs, 
     assert "not a checkpoint" in refused(tmp_path / "short.pt")
     assert "no spectrum.jsonl" in refused(tmp_path)
     assert "give one checkpoint" in refused(path, path)
-    assert "has only content" in refused(path, "--circuit=rotary")
-    assert "--out" in refused(path, "--out=/dev/null")
+    assert script(path, "--out=/dev/null")[0] == 1
+    assert "no such data folder" in refused(path, "--data=nowhere")
+    assert "--distance" in refused(path, "--distance", 8) and "--distance" in refused(path, "--distance", -1)
     assert "invalid choice" in refused(path, "--null=wigner")
     assert "required" in refused()
 
     for other in (tmp_path, path):  # a folder without snapshots; a file, as `runs/*` may name
         status, out, err = script(three_runs / "a", other, f"--out={tmp_path}")
-        assert status == 0 and err.count("\n") == 1 and "left out" in err and out.count("where   ") == 2
-    status, out, err = script(three_runs / "a", three_runs / "b", "--circuit=rotary")
-    assert status == 0 and "has only content; left out" in err
+        assert status == 0 and err.count("\n") == 1 and "left out" in err and out.count("fit   ") == 2
 
     torn = tmp_path / "torn"
     torn.mkdir()
@@ -469,8 +545,10 @@ def test_what_cannot_be_analysed_is_left_out_or_refused_in_one_line(three_runs, 
         report = json.loads(
             (tmp_path / "spectrum.json").read_text(), parse_constant=pytest.fail
         )  # no NaN: it is not JSON
-        assert report["chain"]["content"]["heads"]["mp_gap"][0][1][0] is None  # only the head that has it
-        assert report["chain"]["content"]["heads"]["mp_gap"][0][1][1] > 0
+        assert (
+            report["distance 0"]["diagnostics"]["content"]["heads"]["mp_gap"][0][0][1][0] is None
+        )  # only the head that has it
+        assert report["distance 0"]["diagnostics"]["content"]["heads"]["mp_gap"][0][0][1][1] > 0
     assert err.count("\n") == 2
     for value in (float("inf"), 0.0, 1e38):
         with torch.no_grad():
@@ -482,20 +560,20 @@ def test_what_cannot_be_analysed_is_left_out_or_refused_in_one_line(three_runs, 
     with torch.no_grad():
         decoupled.blocks[0].attn.w_kr.weight.fill_(float("nan"))
     assert "layer 0 has weights that are not finite" in script(save(path, decoupled))[2]
-    assert "of which step" in refused(save(path, decoupled, step=None))
     assert "No such file" in refused(tmp_path / "nowhere" / "ckpt.pt")
 
 
 def test_spikes_are_told_in_words():
-    """Layer 1 spikes at the second snapshot and stays; layer 0 has none."""
-    outliers = np.zeros((4, 2, 3))
-    outliers[1:, 1] = 2.0
-    found = {"outliers": outliers, "outlier_energy": outliers / 10, "effective_rank_share": 1 - outliers / 5}
-    text = "\n".join(spectrum.findings([0, 5, 20, 45], found))
-    assert "where    layer 1; most in layer 1: 2.0 per head, with 20% of energy" in text
-    assert "layer 1 from step 5" in text and "there in 100% of the later" in text
-    assert "falls with outlier energy: rank correlation -1.00" in text
-    assert "100% of full at step 0, 80% of full at step 45" in text
-    found = {name: values * 0 + (name == "effective_rank_share") for name, values in found.items()}
-    text = "\n".join(spectrum.findings([0, 5, 20, 45], found))
-    assert "where    no layer" in text and "correlation" not in text
+    """Layer 1 spikes at the second snapshot and stays, and its rank falls; layer 0 has no spike."""
+    p, rank = np.full((2, 4, 2, 3), 0.5), np.full((2, 4, 2, 3), 50.0)
+    p[:, 1:, 1, 0], rank[:, 1:, 1] = 0.001, 40
+    rank[:, 1:, 0] = 49
+    found = {"p": p, "effective_rank": rank, "ks": p * 0 + 0.2, "outlier_share": p * 0 + 0.12, "outlier_energy": p * 0}
+    found |= {"effective_rank_share": rank / 64, "effective_rank_of_null": rank / 50}
+    text = "\n".join(spectrum.answers([0, 5, 20, 45], found))
+    assert "null 0.20 ±0.00, then 0.20 ±0.00" in text and "not the null's any more" in text
+    assert "in layer 1\n" in text and "steps 5 to 5; in 100% of snapshots" in text
+    assert "changes by -20.0% (2);" in text and "same steps, by -2.0% (2)" in text
+    assert "rank      50.0 ±0.0, then 44.5 ±0.0" in text
+    text = "\n".join(spectrum.answers([0, 5, 20, 45], found | {"p": p * 0 + 0.5, "ks": p * 0 + 0.02}))
+    assert "in no layer\n" in text and "collapse" not in text and "any more" not in text
