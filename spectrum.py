@@ -6,7 +6,8 @@ Large compared with what? There are three references:
     chain   the law for a product of Gaussian matrices with the shapes of W_Q, W_K and MLA's factors
     mp      the Marchenko-Pastur law, for ONE Gaussian matrix: the usual null in the literature
     haar    the model's own factors with random rotations between them. The part of a spike that survives comes from the
-            factors' singular values (magnitude); the rest came from how W_Q and W_K line up (alignment)
+            factors' singular values (magnitude); the rest came from how neighbouring factors line up (alignment), W_Q
+            with W_K, and in MLA W_UK with W_DK. It splits the factors, not M: W_Q A and W_K A^-T have the same M
 
     python spectrum.py out/ckpt.pt         one model: tables, answers in words, spectrum.json, spectrum.png
     python spectrum.py out/a out/b         learning dynamics of several runs, from their spectrum.jsonl
@@ -14,7 +15,8 @@ Large compared with what? There are three references:
 Jha and Reagen 2025 (arXiv 2507.09394) introduced MP-gap, outlier count, outlier energy and soft rank for W_Q W_K^T.
 Where their abstract is silent, we chose: the mp law has aspect ratio n/d for n eigenvalues; a law is scaled to match
 the median eigenvalue; we analyse each head, and each layer as a whole; with RoPE, M depends on the distance between
-query and key, which --distance sets (default 0).
+query and key, which --distance sets (default 0). A longer product has a wider null, so what is measured against a null
+does not compare across variants; effective rank does.
 
 Sources: Burda, Jarosz, Livan, Nowak, Swiech 2010, arXiv 1007.3594 (chain); Roy and Vetterli 2007 (effective rank);
 Martin and Mahoney 2021, arXiv 1810.01075 (soft and stable rank); Johnstone 2001 (largest eigenvalue of a null matrix).
@@ -25,9 +27,8 @@ import math
 import os
 import sys
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache, reduce
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -78,7 +79,8 @@ class ChainLaw:
         self.density = self.psi.imag / np.pi / self.x
         # The CDF integrates psi dlog(lambda) = (m - sum_i 1 / (1 + c_i psi)) dpsi
         antiderivative = (len(c) - 1) * self.psi - np.tensordot(1 / c, np.log(factors), axes=1)
-        self.mass = np.clip(1 + antiderivative.imag / np.pi, 0, 1)  # below x
+        self.mass = 1 + antiderivative.imag / np.pi  # below x
+        self.mass[[0, -1]] = 0, 1  # without rounding
         self.lower, self.upper = float(self.x[0]) if c[1] < 1 else 0.0, float(self.x[-1])
         self.median = float(self.quantile(0.5))
         x = self.quantile((np.arange(n) + 0.5) / n)
@@ -101,12 +103,16 @@ chain_law = cache(ChainLaw)
 def largest_law(dims):
     """The distribution of log(largest eigenvalue / median) for products of Gaussian matrices of these shapes.
 
-    Mean and deviation come from 200 seeded draws; the shape is Pearson III with the skewness of Tracy-Widom, the
-    limit law of the largest eigenvalue. Matrices with over 128 eigenvalues are drawn smaller, in proportion. This is
-    conservative: the smaller the matrix, the further its largest eigenvalue strays beyond the edge."""
-    generator, shrink = torch.Generator().manual_seed(0), max(1, min(dims) / 128)
-    shapes = pairwise(round(n / shrink) for n in dims)
-    x = eigenvalues([torch.randn((200, *shape), generator=generator) for shape in shapes])
+    Mean and deviation come from 1,000 seeded draws; the shape is Pearson III with the skewness of Tracy-Widom, the
+    limit law of the largest eigenvalue. A Gaussian n x N matrix is L Q, and Q does not change the law of what
+    follows: so triangles L are drawn. Matrices with over 64 eigenvalues are drawn smaller. This is conservative: the
+    smaller the matrix, the further its largest eigenvalue strays beyond the edge."""
+    rng, shrink = np.random.default_rng(0), max(1, min(dims) / 64)
+    n, *others = sorted(round(size / shrink) for size in dims)
+    factors, i = [np.tril(rng.standard_normal((1000, n, n)), -1) for _ in others], np.arange(n)
+    for factor, size in zip(factors, others, strict=True):
+        factor[:, i, i] = np.sqrt(rng.chisquare(size - i, (1000, n)))
+    x = eigenvalues([torch.from_numpy(factor) for factor in factors])
     logs = np.log(x.max(-1) / np.median(x, -1))
     return pearson3(0.2935, logs.mean(), logs.std(ddof=1))
 
@@ -171,17 +177,22 @@ def eigenvalues(factors):
     return found.masked_fill(~finite.unsqueeze(-1), math.nan).numpy()
 
 
+@cache
+def rotations(draws, number, size, rows):
+    """The first rows (draws, 1, rows, size) of random rotations, from a fixed seed."""
+    generator = torch.Generator().manual_seed(number)
+    return torch.linalg.qr(torch.randn((draws, 1, size, rows), generator=generator, dtype=torch.float64)).Q.mT
+
+
 def haar(factors, draws=20):
     """The eigenvalues for W_1 O_1 W_2 O_2 ... W_m -> (draws, H or 1, n). Each factor keeps its singular values; the O
     are random rotations from a fixed seed, the same for all heads."""
-    generator = torch.Generator().manual_seed(0)
     values = [torch.from_numpy(eigenvalues([factor])).sqrt() for factor in factors]  # singular values
-    product = torch.diag_embed(values[0]).expand(draws, -1, -1, -1)
-    for factor, before, after in zip(factors, values, values[1:], strict=False):
-        shape = draws, 1, factor.size(-1), before.size(-1)
-        rotation = torch.linalg.qr(torch.randn(shape, generator=generator, dtype=torch.float64)).Q.mT
-        product = product @ rotation[..., : after.size(-1)] * after.unsqueeze(-2)
-    return eigenvalues([product])[..., : min(x.size(-1) for x in values)]
+    rotated = [torch.diag_embed(values[0]).expand(draws, -1, -1, -1)]
+    for number, (factor, before, after) in enumerate(zip(factors, values, values[1:], strict=False)):
+        rotation = rotations(draws, number, factor.size(-1), before.size(-1))
+        rotated.append(rotation[..., : after.size(-1)] * after.unsqueeze(-2))
+    return eigenvalues(rotated)
 
 
 def stack(many):
@@ -214,7 +225,8 @@ def second_moments(model, idx):
 
 def logit_ranks(model, idx):
     """The effective rank (L, H) of S M S, where S^2 is the second moment of the attention's input on tokens idx (B, T):
-    the rank of the scores the model really computes. Directions of M that no input excites do not count."""
+    directions of M that no input excites do not count. Of all pairs of tokens at distance 0: RoPE's turns are left out.
+    """
     ranks = []
     for block, moment in zip(model.blocks, second_moments(model, idx), strict=True):
         values, vectors = torch.linalg.eigh(moment)
@@ -227,8 +239,7 @@ def logit_ranks(model, idx):
 def laws(config, null):
     """{part: {"heads": law, "layer": law}} of a GPTConfig; null is one of NULLS. None for "both" of mla_decoupled: the
     law of a sum depends on the relative size of its parts, which training changes."""
-    with torch.device("meta"):  # shapes, no numbers
-        parts = qk_factors(GPT(config).blocks[0].attn)
+    parts = qk_factors(GPT(replace(config, n_layer=1, vocab_size=1, block_size=1)).blocks[0].attn)  # for the shapes
 
     def law(part, factors):
         dims = (*(factor.size(-2) for factor in factors), factors[-1].size(-1))
@@ -246,15 +257,16 @@ def diagnose(values, law):
     Kolmogorov-Smirnov distance. mp_gap: l_1 / l+. outliers: how many exceed l+; outlier_share: of n; outlier_energy:
     their share of the sum. p: the probability of l_1 / median at least this large under the null. soft_rank:
     min(1, l+ / l_1). stable_rank: sum / l_1. effective_rank: exp(entropy of l / sum), also as a share of n and of what
-    the law has. NaN where the eigenvalues are NaN or all 0."""
+    the law has. NaN where the eigenvalues are NaN, or half of them 0 (no median then)."""
     n, total, largest, median = values.shape[-1], values.sum(-1), values.max(-1), np.median(values, -1)
     rank = np.exp(entr(values / total[..., None]).sum(-1))
     ranks = {"effective_rank": rank, "effective_rank_share": rank / n, "stable_rank": total / largest}
     if law is None:
         return ranks
+    median = np.where(median < 1e-10 * largest, np.nan, median)  # a layer whose heads share few directions
     edge = median / law.median * law.upper
     outlying = values > edge[..., None]
-    outliers = np.where(np.isnan(total), np.nan, outlying.sum(-1))
+    outliers = np.where(np.isnan(edge), np.nan, outlying.sum(-1))
     cdf, steps = law.cdf(np.sort(values) / median[..., None] * law.median), np.arange(n + 1) / n
     return ranks | {
         "edge": edge,
@@ -262,7 +274,7 @@ def diagnose(values, law):
         "mp_gap": largest / edge,
         "outliers": outliers,
         "outlier_share": outliers / n,
-        "outlier_energy": (values * outlying).sum(-1) / total,
+        "outlier_energy": np.where(np.isnan(edge), np.nan, (values * outlying).sum(-1) / total),
         "p": largest_law(law.dims).sf(np.log(largest / median)),
         "soft_rank": np.minimum(1, edge / largest),
         "effective_rank_of_null": rank / law.effective_rank,
@@ -299,7 +311,7 @@ def read_run(folder):
             entry = json.loads(line)
             values = {c: {at: np.array(x, float) for at, x in levels.items()} for c, levels in entry["spectra"].items()}
             snapshots[int(entry["step"])] = GPTConfig(**entry["config"]), values
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, AttributeError):
             print(f"{path}: line {number} is damaged; skipped", file=sys.stderr)
     if not snapshots:
         raise InputError(f"{path}: no complete snapshot; train again")
@@ -345,26 +357,33 @@ def answers(steps, diagnosed):
 
     def told(name):  # at the first and the last snapshot, mean ± deviation between seeds
         values, style = np.nanmean(diagnosed[name], (2, 3)), DIAGNOSTICS[name][1]  # (R, S)
-        spread = [f" ±{x:{style}}" if len(values) > 1 else "" for x in values.std(0)]
+        spread = [f" ±{x.std(ddof=1):{style}}" if len(x) > 1 else "" for x in values.T]
         return " -> ".join(f"{values[:, i].mean():{style}}{spread[i]}" for i in sorted({0, len(steps) - 1}))
 
     lines = [f"fit       KS distance to the null {told('ks')}"]
-    if np.nanmean(diagnosed["ks"][:, -1]) > 0.1:
+    n = np.nanmean(diagnosed["effective_rank"] / diagnosed["effective_rank_share"])
+    if np.nanmean(diagnosed["ks"][:, -1]) > 0.1 + 1 / n:  # chance has less, at any n
         lines += ["          The bulk does not fit the null, so eigenvalues beyond its edge are not all outliers"]
     lines += [f"beyond    the edge: {told('outlier_share')} of the eigenvalues, {told('outlier_energy')} of their sum"]
     spikes, rank = spiked(diagnosed["p"]), np.nanmean(diagnosed["effective_rank"], -1)  # (R, S, L)
     layers = ", ".join(map(str, np.flatnonzero(spikes[:, -1].mean(0) > 0.5)))
     lines += [f"spikes    significant in layers: {layers or 'none'}"]
     first = (spikes & (spikes.cumsum(1) == 1))[:, 1:]  # a layer's first spike, unless it starts with one
-    change = rank[:, 1:] / rank[:, :-1] - 1
-    others = change[first.any(-1, keepdims=True) & ~spikes[:, 1:]]
+    change, calm = rank[:, 1:] / rank[:, :-1] - 1, ~spikes[:, 1:]
     if first.any():
         when, stay = np.array(steps[1:])[first.nonzero()[1]], spikes[spikes.cumsum(1) > 0].mean()
         lines += [
-            f"          first at steps {when.min()} to {when.max()}; in {stay:.0%} of the snapshots from there on",
-            f"collapse  effective rank when a layer first spikes: {change[first].mean():+.1%} ({first.sum()} cases);",
-            f"          over the same steps, in layers not spiked: {np.nanmean(others):+.1%} ({others.size} cases)",
+            f"          first at steps {when.min()} to {when.max()}; in {stay:.0%} of the snapshots from there on"
         ]
+        lines += [f"collapse  effective rank when a layer first spikes: {np.nanmean(change[first]):+.1%}"]
+        both = [
+            *zip(*(first.any(-1) & calm.any(-1)).nonzero(), strict=True)
+        ]  # seeds and snapshots with layers of both kinds
+        gaps = [change[i][first[i]].mean() - change[i][calm[i]].mean() for i in both]
+        than = (
+            f"{np.mean(gaps):+.1%} more than in the others, in the same {len(gaps)} snapshots" if gaps else "no others"
+        )
+        lines[-1] += f"; {than}"
     share, of_null = told("effective_rank_share"), told("effective_rank_of_null")
     return [*lines, f"rank      {told('effective_rank')}: {share} of n; {of_null} of the null's"]
 
@@ -375,20 +394,22 @@ def draw_model(path, title, config, found, rotated, null):
 
     figure = Figure(figsize=(max(8, 1 + 4 * len(rotated)), 1.5 + 1.6 * config.n_layer), layout="constrained")
     figure.suptitle(f"{title}: eigenvalues of M M^T, against the {null} null")
-    axes = figure.subplots(config.n_layer, len(rotated), squeeze=False, sharex=True)
+    axes = figure.subplots(config.n_layer, len(rotated), squeeze=False, sharex="col")
     for part, column in zip(rotated, axes.T, strict=True):
         chain, mp, chosen = (laws(config, name)[part]["heads"] for name in (*NULLS, null))
+        largest = np.log10(found[part]["heads"].max(-1) / np.median(found[part]["heads"], -1))
+        top = np.max(largest, where=np.isfinite(largest), initial=3)
         for layer, ax in enumerate(column):
             for x, style in (
                 (found[part]["heads"][layer], dict(color="#BBBBBB", histtype="stepfilled", label="eigenvalues")),
                 (rotated[part][:, layer], dict(color="#D55E00", histtype="step", label="random rotations (haar)")),
             ):
                 logs = np.log10(x / np.median(x, -1, keepdims=True))
-                ax.hist(logs[np.isfinite(logs)], np.linspace(-3, 3, 49), density=True, **style)
+                ax.hist(logs[~np.isnan(logs)].clip(-3, top), np.linspace(-3, top, 49), density=True, **style)
             for law, style, label in ((chain, "k-", "Gaussian product (chain)"), (mp, "k:", "Marchenko-Pastur (mp)")):
                 ax.plot(np.log10(law.x / law.median), law.x * law.density * np.log(10), style, linewidth=1, label=label)
             ax.axvline(np.log10(chosen.upper / chosen.median), color="k", linewidth=0.7)
-            ax.set(xlim=(-3, 3), yticks=[], title=f"{part}, layer {layer}")
+            ax.set(xlim=(-3, top), yticks=[], title=f"{part}, layer {layer}")
         column[-1].set_xlabel("log10(eigenvalue / median); vertical line: edge of the null")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=120)
@@ -396,6 +417,7 @@ def draw_model(path, title, config, found, rotated, null):
 
 def draw_dynamics(path, columns, title):
     """columns: (name, steps, diagnostics (R, S, L, H)). One line per layer, the mean over heads and seeds."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     labels = {name: label for name, (_, _, label) in DIAGNOSTICS.items() if label}
@@ -404,8 +426,9 @@ def draw_dynamics(path, columns, title):
     axes = figure.subplots(len(labels), len(columns), squeeze=False, sharex="col", sharey="row")
     for row, (name, label) in zip(axes, labels.items(), strict=True):
         for ax, (_, steps, diagnosed) in zip(row, columns, strict=True):
-            for layer, line in enumerate(np.nanmean(diagnosed[name], (0, 3)).T):
-                ax.plot(steps, line, linewidth=1.2, label=f"layer {layer}")
+            lines = np.nanmean(diagnosed[name], (0, 3)).T
+            for layer, line in enumerate(lines):
+                ax.plot(steps, line, color=colormaps["turbo"]((layer + 0.5) / len(lines)), label=f"layer {layer}")
             ax.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
             ax.set_xticks([steps[i] for i in (0, len(steps) // 4, len(steps) // 2, -1)])
             ax.set_yscale("log" if name == "mp_gap" else "linear")
@@ -414,7 +437,8 @@ def draw_dynamics(path, columns, title):
     for (name, _, _), column in zip(columns, axes.T, strict=True):
         column[0].set_title(name, fontsize=10)
         column[-1].set_xlabel("step (square-root scale)")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
+    deepest = max(axes[0], key=lambda ax: len(ax.lines))
+    figure.legend(*deepest.get_legend_handles_labels(), loc="outside lower center", ncols=6)
     figure.savefig(path, dpi=120)
 
 
@@ -439,9 +463,16 @@ def analyse_model(path, args):
     config, out, length = model.config, args.out or path.parent, model.config.block_size
     report = {"path": str(path), "config": asdict(config), "step": checkpoint["step"], "null": args.null}
     longest = 0 if config.attn in LEARNED else length - 1
-    if not all(0 <= distance <= longest for distance in args.distance):
+    distances = args.distance or [0]
+    if not all(0 <= distance <= longest for distance in distances):
         raise InputError(f"--distance: must be from 0 to {longest} for this model")
-    for distance in args.distance:
+    if args.data:
+        meta, _, tokens = load_data(DATA / args.data if (DATA / args.data).exists() else args.data)
+        if meta["vocab_size"] > config.vocab_size or len(tokens) < length:
+            raise InputError(
+                f"--data={args.data}: must have the tokens of the model, and {length:,} of them to validate on"
+            )
+    for distance in distances:
         found, rotated, afterwards = spectra(model, distance), {}, {}
         for layer in np.flatnonzero(np.isnan([*found.values()][-1]["heads"]).any((1, 2))):
             print(f"{path}: layer {layer} has weights that are not finite; those heads are skipped", file=sys.stderr)
@@ -459,11 +490,10 @@ def analyse_model(path, args):
             print(table(heads, {x: after[x] for x in after.keys() & {"outlier_share", "mp_gap", "effective_rank"}}))
         report[f"distance {distance}"] = plain({"spectra": found, "diagnostics": diagnosed, "rotated": afterwards})
     if args.data:
-        _, _, tokens = load_data(DATA / args.data if (DATA / args.data).exists() else args.data)
         rows = torch.from_numpy(tokens[: 32 * length].astype(np.int64)).unfold(0, length, length)
-        report["logit_ranks"] = plain(logit_ranks(model, rows))
-        ranks = "; ".join(f"layer {layer} {np.mean(x):.1f}" for layer, x in enumerate(report["logit_ranks"]))
-        print(f"\neffective rank of the scores on {args.data}: {ranks}")
+        report["logit_ranks"] = plain(ranks := logit_ranks(model, rows))
+        told = "; ".join(f"layer {layer} {x:.1f}" for layer, x in enumerate(np.nanmean(ranks, 1)))
+        print(f"\neffective rank of M between the inputs that occur in {args.data}: {told}")
     draw_model(out / "spectrum.png", title, config, found, rotated, args.null)
     (out / "spectrum.json").write_text(json.dumps(report))
     print(f"wrote {out / 'spectrum.json'} and {out / 'spectrum.png'}")
@@ -472,7 +502,7 @@ def analyse_model(path, args):
 def analyse_runs(paths, args):
     """Answers and a figure for runs; runs that differ only in their seed share a column."""
     groups, columns, report = {}, [], []
-    for path in paths:
+    for path in dict.fromkeys(paths):
         config, steps, found = read_run(path)
         groups.setdefault((run_key(path), *steps), []).append((path, config, found))
     for (_, *steps), runs in groups.items():
@@ -484,6 +514,8 @@ def analyse_runs(paths, args):
                 columns.append((f"{runs[0][0].name}{seeds}\n{config.attn}, {part}", steps, levels["heads"]))
         diagnostics = plain(diagnosed)
         report.append(dict(runs=names, null=args.null, config=asdict(config), steps=steps, diagnostics=diagnostics))
+    if len(groups) > 1:
+        print("\nNulls differ between variants. Only effective rank and its share of n compare across these runs.")
     out = args.out or Path(os.path.commonpath([path.absolute() for path in paths]))
     data, figure = out / "dynamics.json", out / f"dynamics_{args.null}.png"
     draw_dynamics(figure, columns, f"Each head's W_Q W_K^T in training, against the {args.null} null")
@@ -497,18 +529,18 @@ def main():
     add = parser.add_argument
     add("paths", nargs="+", type=Path, help="a checkpoint; or run folders, to compare their dynamics")
     add("--null", choices=NULLS, default="chain", help="null law to measure against (default: %(default)s)")
-    add("--distance", type=int, nargs="+", default=[0], help="checkpoint only: tokens from key to query (default: 0)")
+    add("--distance", type=int, nargs="+", help="checkpoint only: tokens from key to query (default: 0)")
     add("--data", help="checkpoint only: data folder; adds the effective rank of the scores on it (default: none)")
     add("--out", type=Path, help="folder for JSON and figure (default: the checkpoint's or the runs' common folder)")
     args = parser.parse_args()
+    runs = len(args.paths) > 1 or args.paths[0].is_dir()
+    if runs and (args.distance or args.data):
+        raise InputError("--distance and --data go with a checkpoint, not with the folders of runs")
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings(), np.errstate(all="ignore"):  # zero or non-finite weights give 0/0
         warnings.filterwarnings("ignore", "Mean of empty slice")
-        if len(args.paths) == 1 and not args.paths[0].is_dir():
-            analyse_model(args.paths[0], args)
-        else:
-            analyse_runs(args.paths, args)
+        analyse_runs(args.paths, args) if runs else analyse_model(args.paths[0], args)
 
 
 if __name__ == "__main__":

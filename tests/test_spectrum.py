@@ -226,11 +226,8 @@ def test_the_factors_are_what_attention_scores_with(attn, deepseek, distance):
 
 @pytest.mark.parametrize("attn", ATTN)
 def test_both_parts_add_up_and_a_layer_is_the_sum_of_its_heads(attn):
-    factors = qk_factors(
-        GPT(GPTConfig(attn=attn, **SMALL | {"n_head": 4}, q_rank=0.5 if attn == "mla_decoupled" else None))
-        .blocks[0]
-        .attn
-    )
+    config = GPTConfig(attn=attn, **SMALL | {"n_head": 4}, q_rank=0.5 if attn == "mla_decoupled" else None)
+    factors = qk_factors(GPT(config).blocks[0].attn)
     products = {c: {at: reduce(torch.matmul, f) for at, f in levels.items()} for c, levels in factors.items()}
     for levels in products.values():
         torch.testing.assert_close(levels["heads"].sum(0), levels["layer"][0])
@@ -283,22 +280,23 @@ def test_chance_is_called_chance_by_chain_and_structure_by_mp(attn, q_rank):
 
 
 def test_at_most_one_layer_in_twenty_spikes_by_chance():
-    """Random weights, of any scale and shape off the grid: 20 layers of each variant and shape, heads of 16 to 64."""
-    rng, calls = np.random.default_rng(0), []
-    for attn in ATTN:
-        for head_dim, heads, rank in ((16, 4, 0.5), (24, 6, 1.0), (40, 2, 0.5), (64, 2, 0.5)):
-            shape = dict(n_embd=head_dim * heads, n_head=heads, rank=None if attn.startswith("mha") else rank)
-            config = GPTConfig(attn=attn, **SMALL | shape | {"n_layer": 20})
+    """Random weights of any scale, and shapes off the grid, heads of 16 to 64: 20 layers of each variant and shape."""
+    rng, calls = np.random.default_rng(0), {}
+    for head_dim, heads, rank in ((16, 4, 0.5), (24, 6, 1.0), (64, 2, 0.5)):
+        for attn in ATTN:
+            shape = {"n_embd": head_dim * heads, "n_head": heads, "rank": None if attn.startswith("mha") else rank}
             torch.manual_seed(int(rng.integers(2**31)))
-            model = GPT(config)
+            model = GPT(GPTConfig(attn=attn, **SMALL | shape | {"n_layer": 20}))
             for weight in model.blocks.parameters():
                 weight.data *= rng.uniform(0.01, 30)
             found = spectra(model)
-            for circuit, levels in laws(config, "chain").items():
+            for circuit, levels in laws(model.config, "chain").items():
                 for level, law in levels.items():
-                    if law is not None:
-                        calls += spiked(diagnose(found[circuit][level], law)["p"]).tolist()
-    assert len(calls) > 1000 and np.mean(calls) < 0.05
+                    said = spiked(diagnose(found[circuit][level], law)["p"]).tolist() if law else []
+                    calls.setdefault((head_dim, level), []).extend(said)
+    for said in calls.values():  # 160 or 180 layers: by chance 5% become 9% once in a hundred times
+        assert len(said) >= 160 and np.mean(said) < 0.09
+    assert np.mean(sum(calls.values(), [])) <= 0.05
 
 
 def test_rotations_keep_magnitude_and_lose_alignment():
@@ -361,7 +359,7 @@ def test_a_planted_spike_is_found_above_the_threshold_only(dims):
 
 
 @given(seed=st.integers(0, 2**32), n=st.integers(20, 200))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_growing_spikes_do_not_move_the_scale(seed, n):
     rng = np.random.default_rng(seed)
     values = np.sort(rng.exponential(size=(3, n)))
@@ -571,7 +569,7 @@ def test_spikes_are_told_in_words():
     text = "\n".join(spectrum.answers([0, 5, 20, 45], found))
     assert "null 0.20 ±0.00 -> 0.20 ±0.00" in text and "does not fit the null" in text
     assert "significant in layers: 1\n" in text and "steps 5 to 5; in 100% of the snapshots" in text
-    assert "first spikes: -20.0% (2 cases)" in text and "not spiked: -2.0% (2 cases)" in text
+    assert "first spikes: -20.0%; -18.0% more than in the others, in the same 2 snapshots" in text
     assert "rank      50.0 ±0.0 -> 44.5 ±0.0" in text
     text = "\n".join(spectrum.answers([0, 5, 20, 45], found | {"p": p * 0 + 0.5, "ks": p * 0 + 0.02}))
     assert "in layers: none\n" in text and "collapse" not in text and "not fit" not in text
