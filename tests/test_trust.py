@@ -282,7 +282,7 @@ FLAGS = {
     "eval_steps optimizer init_from seed device dtype compile attn rank joint latent_norm q_rank rope_dim "
     "rope_base dropout n_layer n_head n_embd block_size nothing",
     model.main: "prompt tokens temperature top_k seed nothing",
-    spectrum.main: "null circuit out nothing",
+    spectrum.main: "null distance data out nothing",
     bench.main: "attn size batch context dtype device rounds judge columns out table nothing",
     prep.main: "stories tokenizer seed nothing",
     world.main: "seed nothing",
