@@ -17,8 +17,9 @@ import subprocess
 import sys
 import time
 from argparse import SUPPRESS, BooleanOptionalAction, Namespace
-from contextlib import nullcontext
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,7 @@ from model import ATTN, FORMAT, GPT, LEARNED, MLA, SIZES, GPTConfig, load_checkp
 from spectrum import second_moments, snapshot
 
 BUDGETS = {  # a training budget for each size. Only tiny has been run
-    "tiny": dict(batch_size=8, grad_accum=1, steps=2000, lr=dict(muon=8e-3, adamw=4e-3)),
+    "tiny": dict(batch_size=8, grad_accum=2, steps=1250, lr=dict(muon=12e-3, adamw=4e-3)),
     "30m": dict(batch_size=16, grad_accum=4, steps=5000, lr=dict(muon=4e-3, adamw=1e-3)),
     "124m": dict(batch_size=16, grad_accum=4, steps=10000, lr=dict(muon=3e-3, adamw=6e-4)),
     "200m": dict(batch_size=16, grad_accum=4, steps=10000, lr=dict(muon=2e-3, adamw=5e-4)),
@@ -331,7 +332,7 @@ class Run:
 
         torch.manual_seed(o.seed)
         kind = self.device.split(":")[0]
-        self.autocast = torch.autocast(kind, getattr(torch, o.dtype), enabled=o.dtype != "float32")
+        self.autocast = partial(torch.autocast, kind, getattr(torch, o.dtype), enabled=o.dtype != "float32")
         self.scaler = torch.amp.GradScaler(kind, enabled=o.dtype == "float16")
         self.model = GPT(config).to(self.device)
         if o.init_from and not o.resume:
@@ -352,10 +353,22 @@ class Run:
             self.losses = list(torch.tensor(start["losses"], device=self.device))
         self.ddp = DistributedDataParallel(self.model) if self.processes > 1 else None
         self.net = torch.compile(self.ddp or self.model, disable=not o.compile)
+        # On a CPU, two batches at once, each on half of the cores, are a fifth faster than one after the other. Their
+        # gradients add up to the same, whichever is first; dropout would draw its numbers in any order
+        threads, self.map = torch.get_num_threads() // 2, map
+        if threads and (kind, o.grad_accum, o.dropout, o.compile, self.ddp) == ("cpu", 2, 0, False, None):
+            self.map = ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(threads,)).map
 
     def training_batch(self, starts):
         """idx, targets (B, block_size), the rows that begin at `starts`. The last story of a row may be cut off."""
         return batch(self.train_tokens, starts, np.full(len(starts), self.config.block_size), self.device)
+
+    def backward(self, starts):
+        """Add the gradient of one batch of a step -> its share of the loss."""
+        with self.autocast():
+            loss = self.net(*self.training_batch(starts))[1] / self.options.grad_accum
+        self.scaler.scale(loss).backward()
+        return loss.detach()
 
     def step(self, step):
         """Forward, backward and update on the batches of this step. Does not wait for the device, except in float16."""
@@ -363,14 +376,14 @@ class Run:
         self.model.train()
         torch.manual_seed(o.seed + step * self.processes + self.process)  # dropout
         starts = np.random.default_rng((o.seed, step)).choice(self.starts, (o.grad_accum, o.batch_size))
-        total = 0.0
-        for i, rows in enumerate(starts[:, self.process :: self.processes]):
-            last = i == o.grad_accum - 1  # DDP averages gradients only after the last batch
-            with self.ddp.no_sync() if self.ddp and not last else nullcontext():
-                with self.autocast:
-                    loss = self.net(*self.training_batch(rows))[1] / o.grad_accum
-                self.scaler.scale(loss).backward()
-            total += loss.detach()
+        starts = starts[:, self.process :: self.processes]
+        if self.ddp:
+            with self.ddp.no_sync():  # DDP averages gradients only after the last batch
+                losses = [self.backward(rows) for rows in starts[:-1]]
+            losses.append(self.backward(starts[-1]))
+        else:
+            losses = [*self.map(self.backward, starts)]
+        total = sum(losses)
         if self.ddp:
             dist.all_reduce(total)
             total /= self.processes
@@ -395,7 +408,7 @@ class Run:
         total, count, size = 0.0, 0, self.options.batch_size // self.processes  # what fits on one process
         for i in range(0, len(self.val_rows[0]), size)[: batches and batches * self.processes]:
             starts, lengths = (column[i : i + size] for column in self.val_rows)
-            with self.autocast:
+            with self.autocast():
                 loss = model(*batch(self.val_tokens, starts, lengths, self.device))[1]
             total, count = total + loss * int(lengths.sum()), count + int(lengths.sum())
         if not self.meta["val_nats"]:

@@ -15,7 +15,8 @@ import train
 from data.prepare import prepare
 from model import GPT, GPTConfig, load_checkpoint
 
-SMALL = "--n_layer=2 --n_head=4 --n_embd=64 --block_size=64 --batch_size=8 --device=cpu --dtype=float32".split()
+SMALL = "--n_layer=2 --n_head=4 --n_embd=64 --block_size=64 --batch_size=8 --device=cpu".split()
+SMALL += ["--grad_accum=1", "--dtype=float32"]
 CONVERSIONS = [("mha", "mla"), ("mha_rope", "mla_rope"), ("gqa", "mla_rope"), ("mla", "mla"), ("mla_rope", "mla_rope")]
 KNOWN = "mha to mla; mha_rope, gqa to mla_rope"
 

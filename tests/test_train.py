@@ -23,7 +23,8 @@ from data.prepare import prepare
 from model import ATTN, load_checkpoint, tell
 
 END = 9
-SMALL = "--n_layer=1 --n_head=2 --n_embd=32 --block_size=64 --batch_size=4 --eval_steps=2 --device=cpu".split()
+SMALL = "--n_layer=1 --n_head=2 --n_embd=32 --block_size=64 --batch_size=4 --grad_accum=1".split()
+SMALL += ["--eval_steps=2", "--device=cpu"]
 
 
 @pytest.fixture(scope="session")
@@ -101,7 +102,7 @@ class Waits(TorchDispatchMode):
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_a_step_does_not_wait_for_the_device(optimizer, stories):
-    flags = [*SMALL, f"--data={stories}", f"--optimizer={optimizer}", "--grad_accum=2", "--dtype=bfloat16"]
+    flags = [*SMALL, f"--data={stories}", f"--optimizer={optimizer}", "--grad_accum=3", "--dtype=bfloat16"]
     run = train.Run(train.parse_arguments(flags))
     with Waits() as waits:
         run.step(0)
