@@ -28,7 +28,7 @@ import os
 import sys
 import warnings
 from dataclasses import asdict, replace
-from functools import cache, reduce
+from functools import cache, partial, reduce
 from pathlib import Path
 
 import numpy as np
@@ -112,8 +112,9 @@ def largest_law(dims):
     factors, i = [np.tril(rng.standard_normal((1000, n, n)), -1) for _ in others], np.arange(n)
     for factor, size in zip(factors, others, strict=True):
         factor[:, i, i] = np.sqrt(rng.chisquare(size - i, (1000, n)))
-    x = eigenvalues([torch.from_numpy(factor) for factor in factors])
-    logs = np.log(x.max(-1) / np.median(x, -1))
+    product = reduce(np.matmul, factors)
+    x = np.linalg.eigvalsh(product @ product.mT)
+    logs = np.log(x[:, -1] / np.median(x, -1))
     return pearson3(0.2935, logs.mean(), logs.std(ddof=1))
 
 
@@ -169,8 +170,9 @@ def eigenvalues(factors):
     factors = [factor.nan_to_num(0, 0, 0) for factor in factors]
     dims = [factors[0].size(-2), *(factor.size(-1) for factor in factors)]
     cut, eye = dims.index(min(dims)), torch.eye(min(dims), dtype=torch.float64)
-    left = reduce(lambda product, w: product @ w.mT, reversed(factors[:cut]), eye)  # L^T, (..., n, N_0)
-    right = reduce(torch.matmul, factors[cut:], eye)  # R, (..., n, N_m)
+    multiply = partial(torch.einsum, "...ij,...jk->...ik")  # unlike @, it does not copy a factor that heads share
+    left = reduce(multiply, [factor.mT for factor in reversed(factors[:cut])], eye)  # L^T, (..., n, N_0)
+    right = reduce(multiply, factors[cut:], eye)  # R, (..., n, N_m)
     values, vectors = torch.linalg.eigh(left @ left.mT)
     half = (vectors * values.clamp(min=0).sqrt().unsqueeze(-2)).mT @ right  # half half^T has the eigenvalues of M M^T
     found = torch.linalg.eigvalsh(half @ half.mT).clamp(min=0).flip(-1)
@@ -372,34 +374,28 @@ def answers(steps, diagnosed):
     change, calm = rank[:, 1:] / rank[:, :-1] - 1, ~spikes[:, 1:]
     if first.any():
         when, stay = np.array(steps[1:])[first.nonzero()[1]], spikes[spikes.cumsum(1) > 0].mean()
-        lines += [
-            f"          first at steps {when.min()} to {when.max()}; in {stay:.0%} of the snapshots from there on"
-        ]
-        lines += [f"collapse  effective rank when a layer first spikes: {np.nanmean(change[first]):+.1%}"]
-        both = [
-            *zip(*(first.any(-1) & calm.any(-1)).nonzero(), strict=True)
-        ]  # seeds and snapshots with layers of both kinds
-        gaps = [change[i][first[i]].mean() - change[i][calm[i]].mean() for i in both]
-        than = (
-            f"{np.mean(gaps):+.1%} more than in the others, in the same {len(gaps)} snapshots" if gaps else "no others"
-        )
-        lines[-1] += f"; {than}"
+        lines += [f"          first at steps {when.min()} to {when.max()}; then in {stay:.0%} of the snapshots"]
+        lines += [f"collapse  effective rank when a layer first spikes: {np.nanmean(change[first]):+.1%}; "]
+        both = np.argwhere(first.any(-1) & calm.any(-1))  # seeds and snapshots with layers of both kinds
+        gaps = [change[i, j][first[i, j]].mean() - change[i, j][calm[i, j]].mean() for i, j in both]
+        lines[-1] += f"{np.mean(gaps):+.1%} against other layers at that time (n={len(gaps)})" if gaps else "no others"
     share, of_null = told("effective_rank_share"), told("effective_rank_of_null")
     return [*lines, f"rank      {told('effective_rank')}: {share} of n; {of_null} of the null's"]
 
 
 def draw_model(path, title, config, found, rotated, null):
-    """Histograms of the eigenvalues (L, H, n) of each layer's heads, before and after rotation (draws, L, H, n)."""
+    """Histograms of heads' eigenvalues (L, H, n), before and after rotation (draws, L, H, n), in up to four layers."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(max(8, 1 + 4 * len(rotated)), 1.5 + 1.6 * config.n_layer), layout="constrained")
+    layers = sorted({round(x) for x in np.linspace(0, config.n_layer - 1, 4)})
+    figure = Figure(figsize=(max(8, 1 + 4 * len(rotated)), 1.5 + 1.6 * len(layers)), layout="constrained")
     figure.suptitle(f"{title}: eigenvalues of M M^T, against the {null} null")
-    axes = figure.subplots(config.n_layer, len(rotated), squeeze=False, sharex="col")
+    axes = figure.subplots(len(layers), len(rotated), squeeze=False, sharex="col")
     for part, column in zip(rotated, axes.T, strict=True):
         chain, mp, chosen = (laws(config, name)[part]["heads"] for name in (*NULLS, null))
         largest = np.log10(found[part]["heads"].max(-1) / np.median(found[part]["heads"], -1))
         top = np.max(largest, where=np.isfinite(largest), initial=3)
-        for layer, ax in enumerate(column):
+        for layer, ax in zip(layers, column, strict=True):
             for x, style in (
                 (found[part]["heads"][layer], dict(color="#BBBBBB", histtype="stepfilled", label="eigenvalues")),
                 (rotated[part][:, layer], dict(color="#D55E00", histtype="step", label="random rotations (haar)")),
@@ -470,7 +466,7 @@ def analyse_model(path, args):
         meta, _, tokens = load_data(DATA / args.data if (DATA / args.data).exists() else args.data)
         if meta["vocab_size"] > config.vocab_size or len(tokens) < length:
             raise InputError(
-                f"--data={args.data}: must have the tokens of the model, and {length:,} of them to validate on"
+                f"--data={args.data}: must have the model's tokens, and at least {length:,} to validate on"
             )
     for distance in distances:
         found, rotated, afterwards = spectra(model, distance), {}, {}

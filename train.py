@@ -34,7 +34,7 @@ from model import ATTN, FORMAT, GPT, LEARNED, MLA, SIZES, GPTConfig, load_checkp
 from spectrum import second_moments, snapshot
 
 BUDGETS = {  # a training budget for each size. Only tiny has been run
-    "tiny": dict(batch_size=8, grad_accum=2, steps=1250, lr=dict(muon=12e-3, adamw=4e-3)),
+    "tiny": dict(batch_size=8, grad_accum=2, steps=1300, lr=dict(muon=12e-3, adamw=4e-3)),
     "30m": dict(batch_size=16, grad_accum=4, steps=5000, lr=dict(muon=4e-3, adamw=1e-3)),
     "124m": dict(batch_size=16, grad_accum=4, steps=10000, lr=dict(muon=3e-3, adamw=6e-4)),
     "200m": dict(batch_size=16, grad_accum=4, steps=10000, lr=dict(muon=2e-3, adamw=5e-4)),
