@@ -284,7 +284,7 @@ FLAGS = {
     "rope_base dropout n_layer n_head n_embd block_size nothing",
     model.main: "prompt tokens temperature top_k seed nothing",
     spectrum.main: "null distance data out nothing",
-    bench.main: "attn size batch context dtype device rounds judge columns out table nothing",
+    bench.main: "attn size batch context dtype device compile rounds judge data columns out nothing",
     prep.main: "stories tokenizer seed nothing",
     world.main: "seed nothing",
     judge.main: "explain data nothing",
@@ -298,7 +298,7 @@ def test_no_command_line_ends_in_a_traceback(main, data, out, tmp_path_factory, 
     monkeypatch.setattr(prep, "TINYSTORIES", "http://127.0.0.1:9/nothing.txt")
     monkeypatch.setattr(prep, "DATA", folder)  # where prepare would write
     monkeypatch.setattr(prep.prepare, "__defaults__", (*prep.prepare.__defaults__[:-1], folder))
-    monkeypatch.setattr(bench, "ceilings", lambda device, dtype: (1e10, 1e11))
+    monkeypatch.setattr(bench, "ceilings", lambda device, dtype: {"bytes_per_s": 1e10, "flop_per_s": 1e11})
     monkeypatch.setattr(bench, "SIZES", {size: dict(n_layer=1, n_head=2, n_embd=16) for size in bench.SIZES})
     base = {
         train.main: [*SMALL, "--steps=1", f"--data={data}", "--out=run"],

@@ -1,0 +1,47 @@
+#!/bin/bash
+# The GPU checklist: what must work, and how fast it is, on a machine with a GPU. At most 9 minutes on an H100.
+#
+#     bash tests/gpu.sh OUT               writes everything into the folder OUT; the last line says what passed
+#     DEVICE=cpu bash tests/gpu.sh OUT    the same at toy size, to test this script
+#
+# Needs torch >= 2.11 and the other packages of requirements.txt. A part that fails does not stop the others.
+set -uo pipefail
+export DEVICE=${DEVICE-cuda}
+mkdir -p "${1?the folder to write to}" && out=$(cd "$1" && pwd)
+cd "$(dirname "$0")/.."
+passed= failed=
+
+part() { # NAME SECONDS COMMAND...
+    local name=$1 limit=$2 start=$SECONDS
+    shift 2
+    echo "== $name: $*"
+    if timeout -k 20 "$limit" "$@" >"$out/$name.txt" 2>&1; then passed+=" $name"; else failed+=" $name"; fi
+    tail -n 12 "$out/$name.txt" && echo "   $((SECONDS - start)) s"
+}
+train_for() { # SECONDS FLAGS...: stops by Ctrl-C, which must save
+    timeout -k 30 -s INT "$1" python train.py "${@:2}" --device="$DEVICE"
+    [[ $? = 0 || $? = 124 ]] && [ -s "${!#:6}/last.pt" ]
+}
+export -f train_for
+
+versions='import sys, torch; cuda = torch.cuda.is_available(); print(sys.version, torch.__version__, torch.version.cuda)
+print(torch.cuda.get_device_properties(0) if cuda else "no GPU", torch.get_num_threads(), "threads")'
+if [ "$DEVICE" = cpu ]; then
+    first="--size=tiny" second="--size=tiny --n_layer=6" times="20 10" interval=5
+    shape="--size tiny --batch 2 --context 64" graphs=
+else
+    first= second="--size=124m" times="120 75" interval=50
+    shape="--batch 64 --context 4096" graphs=--compile
+fi
+read -r long short <<<"$times"
+part versions 60 python -c "$versions"
+part data 120 python data/prepare.py
+part tests 240 python -m pytest tests/test_gpu.py -m gpu
+part default $((long + 60)) bash -c 'train_for "$@"' - "$long" $first --eval_interval=$interval --out="$out/default"
+part larger $((short + 60)) bash -c 'train_for "$@"' - "$short" $second --eval_interval=$interval --out="$out/larger"
+part decode 150 python bench.py --device "$DEVICE" $shape --rounds=1 --out="$out/decode"
+part graphs 150 python bench.py --device "$DEVICE" $shape --rounds=1 --attn mha mla_prerope $graphs --out="$out/graphs"
+part spectrum 60 python spectrum.py "$out/default/ckpt.pt" --out="$out/spectrum"
+rm -f "$out"/*/*.pt # large, and not needed any more
+echo "passed:$passed${failed:+; FAILED:$failed} ($SECONDS s)" | tee "$out/summary.txt"
+[ -z "$failed" ]
