@@ -5,8 +5,8 @@
     python bench.py --attn mha mla_decoupled --batch 1 8 64 --context 512 8192
     python bench.py --train                              the speed of train.py as well
 
-A decode step reads all weights and the whole cache once, and multiplies with them. The roofline is the time that the
-slower of the two would take at the speed of this machine, which is measured in the same run. "expanded" makes keys and
+A decode step reads all weights and the whole cache once, and multiplies with them. The roofline is the time that this
+takes at the machine's full speed, measured in the same run, whichever of the two is slower. "expanded" makes keys and
 values from all cached latents at every step; "absorbed" attends to the latents themselves (mla_rope cannot). Tokens per
 second are summed over the batch.
 """
@@ -14,12 +14,12 @@ second are summed over the batch.
 import ctypes
 import json
 import math
-import os
 import platform
 import subprocess
 import sys
 import time
 from dataclasses import asdict
+from functools import partial
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data.common import DATA, InputError, Parser, check_device, fast_bfloat16, load_data, load_tokenizer, run
+from data.common import InputError, Parser, check_device, fast_bfloat16, load_data, load_tokenizer, run
 from data.judge import judge, mean_and_error, recall
 from model import ABSORBS, ATTN, GPT, MLA, SIZES, GPTConfig, load_checkpoint
 
@@ -49,7 +49,7 @@ COLUMNS = {  # key of a row: heading, format, meaning
     "cut": ("cut", "{:.0%}", "how much less that is than for mha"),
     "expanded": ("expanded", "{:,.0f}", "decoded tokens/s if keys and values are made from all latents at every step"),
     "absorbed": ("absorbed", "{:,.0f}", "decoded tokens/s if queries attend to latents"),
-    "spread": ("spread", "±{:.0%}", "half the range over the rounds; from here on, of the faster of the two"),
+    "spread": ("spread", "±{:.0%}", "half the range over the rounds; this and later columns are of the faster way"),
     "to_mha": ("/ mha", "{:.2f}", "tokens/s over mha's"),
     "to_full": ("/ rank 1", "{:.2f}", "tokens/s over those of the same variant at rank 1"),
     "gb": ("GB/s", "{:.1f}", "weights and cache read"),
@@ -57,7 +57,7 @@ COLUMNS = {  # key of a row: heading, format, meaning
     "roofline": ("roofline", "{:.0%}", "share of the speed that the machine allows"),
     "limit": ("limit", "{}", "what that is set by: memory or arithmetic"),
     "memory": ("MB", "{:,.0f}", "memory in use at the peak of a step"),
-    "overhead": ("over", "{:.0%}", "how much of it is beyond weights and cache, relative to them"),
+    "overhead": ("over", "{:.0%}", "temporary memory as a share of weights and cache"),
     "train": ("train", "{:,.0f}", "with --train: tokens/s of train.py"),
     "runs": ("seeds", "{}", "runs that differ only in their seed: means ± standard errors"),
     "val_loss": ("val", "{:.4f}", "validation loss, nats per token"),
@@ -78,7 +78,7 @@ GROUP = ("device", "dtype", "batch", "context")  # one table for each
 
 
 def seconds(function, device, repeats=3):
-    """Times of `repeats` calls after a warm-up. A first call of over half a second counts, and is the only one."""
+    """Time `repeats` calls after a warm-up. If the first call takes over half a second, return that one alone."""
     on_cuda, times = device.startswith("cuda"), []
     while len(times) < repeats + 3 * on_cuda + 1:  # torch.compile records a CUDA graph in the second call
         if on_cuda:
@@ -91,6 +91,8 @@ def seconds(function, device, repeats=3):
         else:
             begin = time.perf_counter()
             function()
+            if device.startswith("mps"):
+                torch.mps.synchronize()
             times.append(time.perf_counter() - begin)
             if times[0] > 0.5:
                 break
@@ -123,7 +125,7 @@ def machine(device):
 
 
 def temporary_bytes(step, device):
-    """Memory that a step uses at its peak on top of what is in use before it; None if the system does not tell."""
+    """Peak memory of a step beyond what was in use before it; None if the system does not tell."""
     if device.startswith("cuda"):
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -190,19 +192,19 @@ def check_memory(config, batch, context, dtype, device):
     needed = 1.2 * (weights + cache + (expanded if config.attn in MLA else 0))
     if device.startswith("cuda"):
         free = torch.cuda.mem_get_info(device)[0]
-    elif available := in_proc("meminfo", "MemAvailable"):  # in kB
-        free = int(available.split()[0]) * 1024
     else:
-        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        available = in_proc("meminfo", "MemAvailable")  # in kB
+        free = int(available.split()[0]) * 1024 if available else math.inf
     if needed > free:
-        what = f"{config.attn} would need {needed / 1e9:.1f} GB on {device}, where {free / 1e9:.1f} GB are free"
-        raise InputError(f"--batch={batch} --context={context}: {what}; choose less")
+        what = f"{config.attn} needs {needed / 1e9:.1f} GB on {device}, but {free / 1e9:.1f} GB are free"
+        raise InputError(f"--batch={batch} --context={context}: {what}; choose smaller values")
 
 
 @torch.no_grad()
 def decode(model, batch, context, absorb, device, compiled=False):
-    """Time a step that decodes one token for each sequence and attends to `context` tokens, the new one included.
-    -> seconds, the cache, bytes of temporary memory"""
+    """A step that decodes one token for each sequence and attends to `context` tokens, the new one included.
+    -> its seconds, bytes of the cache per token, bytes of temporary memory if it is not compiled"""
+    torch._dynamo.reset()  # frees the CUDA graphs of earlier caches
     cache = model.init_cache(batch, absorb)
     cache.reserve(context)
     for layer in cache.layers:
@@ -211,35 +213,34 @@ def decode(model, batch, context, absorb, device, compiled=False):
             torch._dynamo.mark_static_address(tensor, guard=False)  # CUDA graphs write to fixed addresses
     token = torch.zeros(batch, 1, dtype=torch.long, device=device)
     positions = torch.tensor([context - 1], device=device)
-    hidden = model.hidden
-    if compiled:
-        torch._dynamo.reset()  # forget the graphs of earlier caches
-        hidden = torch.compile(model.hidden, mode="reduce-overhead", fullgraph=True)
 
-    def step():
+    def step(hidden):
         logits = F.linear(hidden(token, positions, cache)[:, -1], model.token_embedding.weight)
         token.copy_(logits.argmax(-1, keepdim=True))
 
-    return np.median(seconds(step, device)), cache, temporary_bytes(step, device)
+    hidden = torch.compile(model.hidden, mode="reduce-overhead", fullgraph=True) if compiled else model.hidden
+    taken = np.median(seconds(partial(step, hidden), device))
+    return taken, cache.nbytes / (batch * cache.size), temporary_bytes(partial(step, model.hidden), device)
 
 
 def train_speed(config, size, data, dtype, device):
     """Tokens/s that train.py reports for its steps 11 to 20, with its own optimizer, precision and batches."""
     flags = {"attn": config.attn, "size": size, "data": data, "dtype": str(dtype)[6:], "device": device}
     flags |= {"steps": 100_000, "eval_interval": 10, "eval_steps": 1} | ({"rank": config.rank} if config.rank else {})
-    with TemporaryDirectory() as out:
+    with TemporaryDirectory() as out, open(Path(out, "errors"), "w+") as errors:
         command = [sys.executable, Path(__file__).parent / "train.py", *(f"--{k}={v}" for k, v in flags.items())]
         command += [f"--out={out}", *["--joint"] * config.joint]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
             for line in process.stdout:
                 if line.split()[:1] == ["20"]:
                     process.kill()
                     return float(line.split()[4].replace(",", ""))
-            raise InputError(f"--train: train.py stopped: {process.stderr.read()}")
+        errors.seek(0)
+        raise (InputError if process.returncode == 2 else OSError)(f"--train: train.py stopped: {errors.read()}")
 
 
-def measure(model, dtype, batch, context, device, ceiling, compiled=False):
-    """A row of the table: the cost of one model at one batch and context."""
+def measure(model, dtype, batch, context, device, compiled=False):
+    """Decode with one model at one batch and context, each way that it can -> a row, yet without comparisons."""
     config = model.config
     parameters = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("position"))
     row = {"attn": config.attn, "rank": config.rank, "joint": config.joint, "parameters": parameters / 1e6}
@@ -247,17 +248,28 @@ def measure(model, dtype, batch, context, device, ceiling, compiled=False):
     shape = ("n_layer", "n_head", "n_embd", "vocab_size", "latent_norm", "q_rank")
     row |= {name: getattr(config, name) for name in shape}
     for way, absorb in (("expanded", False), ("absorbed", True))[: 1 + (config.attn in ABSORBS)]:
-        taken, cache, extra = decode(model, batch, context, absorb, device, compiled)
-        row[way], row["kv_bytes"] = batch / taken, cache.nbytes / (batch * cache.size)
-        if row[way] == speed(row) and extra is not None:
-            held = cache.nbytes + sum(p.nbytes for p in model.parameters())
-            row |= {"memory": (held + extra) / 1e6, "overhead": extra / held}
-    taken, absorbed = batch / speed(row), speed(row) == row.get("absorbed")
-    read, flops = decode_cost(config, parameters, batch, context, dtype.itemsize, absorbed)
-    row["gb"], row["gflop"] = read / taken / 1e9, flops / taken / 1e9
+        taken, row["kv_bytes"], row[f"{way}_temporary"] = decode(model, batch, context, absorb, device, compiled)
+        row[way] = batch / taken
+    return row
+
+
+def summarize(rounds, config, ceiling):
+    """Rows of the same job, one for each round -> their medians, and how close to the ceilings the faster way is."""
+    row = {k: float(np.median([r[k] for r in rounds])) if isinstance(v, float) else v for k, v in rounds[0].items()}
+    if len(rounds) > 1:
+        speeds = [speed(r) for r in rounds]
+        row["spread"] = (max(speeds) - min(speeds)) / 2 / speed(row)
+    size, batch, context = DTYPES[row["dtype"]].itemsize, row["batch"], row["context"]
+    way = "absorbed" if speed(row) == row.get("absorbed") else "expanded"
+    read, flops = decode_cost(config, row["parameters"] * 1e6, batch, context, size, way == "absorbed")
+    taken = batch / speed(row)
+    row |= {"gb": read / taken / 1e9, "gflop": flops / taken / 1e9}
     least = {"memory": read / ceiling["bytes_per_s"], "arithmetic": flops / ceiling["flop_per_s"]}
     row["limit"] = max(least, key=least.get)
     row["roofline"] = least[row["limit"]] / taken
+    if row[f"{way}_temporary"] is not None:
+        held = row["parameters"] * 1e6 * size + batch * context * row["kv_bytes"]
+        row |= {"memory": (held + row[f"{way}_temporary"]) / 1e6, "overhead": row[f"{way}_temporary"] / held}
     return row
 
 
@@ -265,7 +277,7 @@ def measure(model, dtype, batch, context, device, ceiling, compiled=False):
 
 
 def sample(model, tokenizer, count, temperature=0.8, seed=0):
-    """`count` stories that a model tells from their first word on."""
+    """Sample `count` stories from an empty prompt."""
     end, texts = tokenizer.eot_token, []
     device = model.token_embedding.weight.device
     generator = torch.Generator(device).manual_seed(seed)
@@ -288,7 +300,7 @@ def judged(loaded, count, folder, device):
             raise InputError(f"--judge: {path} was not trained on what is in {folder}; leave out --judge")
     tokenizer = load_tokenizer(meta["tokenizer"])
     told, rows = [], {}
-    for path, (model, _) in (bar := tqdm(loaded.items(), leave=False)):
+    for path, (model, _) in (bar := tqdm(loaded.items(), leave=False, disable=None)):
         bar.set_postfix_str(f"{path} tells {count} stories")
         told += sample(model.to(device), tokenizer, count)
         rows[path] = recall(model, data, 300)[1]
@@ -310,14 +322,14 @@ def seeds_apart(loaded):
         seed = options.pop("seed", None)
         ways = {k: v for k, v in options.items() if k not in ("data", "out", "resume", "device", "compile")}
         key = str((model.config, ways, checkpoint.get("meta")))
-        if seed in groups.get(key, ()):  # the same run twice is no second sample
+        if seed in groups.get(key, ()):  # the same run listed twice is not two seeds
             key = path
         groups.setdefault(key, {})[seed] = path
     return [list(group.values()) for group in groups.values()]
 
 
 def learnt(checkpoint):
-    """The columns of a row that a checkpoint knows."""
+    """The columns that come from a checkpoint."""
     loss, floor = checkpoint["val_loss"], checkpoint["floor"]
     return {"val_loss": loss, "excess": None if None in (loss, floor) else loss - floor}
 
@@ -332,13 +344,6 @@ def mean_of(runs):
         if not name.endswith("_error") and None not in values:
             row[name], row[f"{name}_error"] = mean_and_error(values)
     return row
-
-
-def median(rounds):
-    """Rows of the same job -> one, with the median of each number and the spread of the speeds."""
-    speeds = [speed(row) for row in rounds]
-    row = {k: float(np.median([r[k] for r in rounds])) if isinstance(v, float) else v for k, v in rounds[0].items()}
-    return row | {"spread": (max(speeds) - min(speeds)) / 2 / speed(row)}
 
 
 def compare(rows):
@@ -359,7 +364,7 @@ def compare(rows):
     return rows
 
 
-# What a reader sees ---------------------------------------------------------------------------------------------------
+# Tables and figures ---------------------------------------------------------------------------------------------------
 
 
 def cells(rows, columns):
@@ -376,7 +381,7 @@ def cells(rows, columns):
 
 
 def tables(report, columns):
-    """What bench.json holds, in Markdown: a table for each device, dtype, batch and context."""
+    """The report in Markdown, a table for each device, dtype, batch and context."""
     text = []
     for group in dict.fromkeys(tuple(row[name] for name in GROUP) for row in report["rows"]):
         device, dtype, batch, context = group
@@ -393,18 +398,18 @@ def tables(report, columns):
 
 
 def advice(rows):
-    """The fastest and the smallest variant of the last table with the longest context, in words."""
+    """The fastest and the smallest variant of the first table with the longest context, in words."""
     longest = max(rows, key=lambda row: row["context"])
     rows, lines = alike(rows, longest, GROUP), []
     for title, row in (("fastest", max(rows, key=speed)), ("smallest cache", min(rows, key=lambda r: r["kv_bytes"]))):
         to_mha = f", {row['to_mha']:.2f} times mha's speed" if row.get("to_mha") else ""
         cost = f"{speed(row):,.0f} tokens/s{to_mha}, {row['kv_bytes']:,.0f} bytes of cache per token"
-        lines.append(f"  {title}: {name_of(row)}, {cost}")
+        lines.append(f"  {title}: {row.get('name') or name_of(row)}, {cost}")
     return "\n".join([f"{longest['context']:,} tokens, batch {longest['batch']}, {longest['dtype']}:", *lines])
 
 
 def draw(path, report):
-    """Loss against cache and speed against context, where there are several; of the first device, dtype and batch."""
+    """Plot loss against cache and speed against context, if there are several; of the first device, dtype and batch."""
     from matplotlib.figure import Figure
 
     rows = alike(report["rows"], report["rows"][0], ("device", "dtype", "batch"))
@@ -463,7 +468,7 @@ def parse_arguments():
     example = "example: python bench.py --attn mha mla_decoupled --batch 1 8 --context 512 4096 8192"
     parser = Parser(description=__doc__.split("\n\n")[0], epilog=example)
     add = parser.add_argument
-    add("checkpoints", nargs="*", help="of train.py (default: none, but every variant, freshly initialised)")
+    add("checkpoints", nargs="*", help="checkpoints of train.py (default: every variant with random weights)")
     add("--attn", nargs="+", choices=ATTN, default=ATTN, metavar="ATTN", help="variants (default: all)")
     add("--size", choices=SIZES, default="30m", help="shape of fresh models (default: %(default)s)")
     add("--batch", nargs="+", type=int, default=[8], help="sequences decoded at once (default: 8)")
@@ -472,7 +477,12 @@ def parse_arguments():
     add("--dtype", nargs="+", choices=DTYPES, metavar="DTYPE", help=text)
     add("--device", nargs="+", help="cpu, cuda, ... (default: cuda if there is one, else cpu)")
     add("--compile", action="store_true", help="compile the decode step into a CUDA graph (default: no)")
-    add("--rounds", type=int, default=3, help="times everything is measured; medians count (default: %(default)s)")
+    add(
+        "--rounds",
+        type=int,
+        default=3,
+        help="how often to repeat everything; medians are reported (default: %(default)s)",
+    )
     add("--train", action="store_true", help="run 20 steps of train.py too, at --size (default: no)")
     add("--judge", type=int, metavar="N", help="score N stories of each checkpoint, and its recall (default: no)")
     add("--data", default="stories", help="data for --train and --judge (default: %(default)s)")
@@ -502,7 +512,7 @@ def choose_models(args, loaded):
     if not loaded:
         contexts = args.context or [512, 4096]
         shape = SIZES[args.size] | dict(block_size=max(contexts), vocab_size=4096)
-        chosen = [v for v in VARIANTS if v[0] in args.attn and (v[0] != "gqa" or v[1] * shape["n_head"] >= 1)]
+        chosen = [v for v in VARIANTS if v[0] in args.attn and (v[0] != "gqa" or shape["n_head"] % (1 / v[1]) == 0)]
         configs = [GPTConfig(attn=attn, rank=rank, joint=joint, **shape) for attn, rank, joint in chosen]
         return [(name_of(asdict(config)), [], config) for config in configs], contexts
     contexts = args.context or [min(model.config.block_size for model, _ in loaded.values())]
@@ -526,13 +536,18 @@ def main():
     for device, dtype, _, _, config in jobs:
         check_memory(config, max(args.batch), max(contexts), dtype, device)
     args.out.mkdir(parents=True, exist_ok=True)  # now: a failure later would lose the measurements
-    data = str(DATA / args.data) if (DATA / args.data / "meta.json").exists() else args.data
-    scores = judged(loaded, args.judge, data, args.device[0]) if args.judge else {}
-    # In rounds, so that a minute in which the machine is busy does not fall on one variant alone
+    scores = judged(loaded, args.judge, args.data, args.device[0]) if args.judge else {}
+    # In rounds, so that a busy minute does not slow down one variant alone
     rows, limits = {}, {}
-    for n, (i, job) in (bar := tqdm([*product(range(args.rounds), enumerate(jobs))], leave=False)):
+    training = {}
+    if args.train:
+        for i, (device, dtype, _, _, config) in enumerate(tqdm(jobs, "train.py", leave=False, disable=None)):
+            training[i] = {"train": train_speed(config, args.size, args.data, dtype, device)}
+    for n, (i, job) in (bar := tqdm([*product(range(args.rounds), enumerate(jobs))], leave=False, disable=None)):
         device, dtype, name, paths, config = job
-        measured, about = limits.setdefault(f"{device} {str(dtype)[6:]}", []), {}
+        measured, about = limits.setdefault(f"{device} {str(dtype)[6:]}", []), training.get(i, {})
+        if device.startswith("cuda"):
+            torch.cuda.set_device(device)
         if len(measured) == n:
             measured.append(ceilings(device, dtype))
         if paths:
@@ -543,18 +558,17 @@ def main():
             torch.manual_seed(0)
             with torch.device(device):
                 model = GPT(config).to(device, dtype).eval()
-        if args.train:
-            about["train"] = train_speed(config, args.size, data, dtype, device)
         for batch, context in product(args.batch, contexts):
             bar.set_postfix_str(f"{name} {context}")
-            row = measure(model, dtype, batch, context, device, measured[-1], args.compile) | about
+            row = measure(model, dtype, batch, context, device, args.compile) | about
             rows.setdefault((i, batch, context), []).append(row)
         del model
     report = {"command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), "machines": {}}
-    report["rows"] = compare([median(of_one) for of_one in rows.values()])
     for key, found in limits.items():
         middle = {name: float(np.median([one[name] for one in found])) for name in found[0]}
         report["machines"][key] = middle | {"name": machine(key.split()[0])}
+    ceiling = [report["machines"][f"{device} {str(dtype)[6:]}"] for device, dtype, *_ in jobs]
+    report["rows"] = compare([summarize(of_one, jobs[i][-1], ceiling[i]) for (i, *_), of_one in rows.items()])
     print(tables(report, args.columns))
     print(advice(report["rows"]))
     (args.out / "bench.json").write_text(json.dumps(report, indent=1, default=float))

@@ -15,8 +15,8 @@ Large compared with what? There are three references:
 Jha and Reagen 2025 (arXiv 2507.09394) introduced MP-gap, outlier count, outlier energy and soft rank for W_Q W_K^T.
 Where their abstract is silent, we chose: the mp law has aspect ratio n/d for n eigenvalues; a law is scaled to match
 the median eigenvalue; we analyse each head, and each layer as a whole; with RoPE, M depends on the distance between
-query and key, which --distance sets (default 0). A longer product has a wider null, so what is measured against a null
-does not compare across variants; effective rank does.
+query and key, which --distance sets (default 0). A longer product has a wider null, so quantities measured against a
+null cannot be compared across variants; effective rank can.
 
 Sources: Burda, Jarosz, Livan, Nowak, Swiech 2010, arXiv 1007.3594 (chain); Roy and Vetterli 2007 (effective rank);
 Martin and Mahoney 2021, arXiv 1810.01075 (soft and stable rank); Johnstone 2001 (largest eigenvalue of a null matrix).
@@ -37,7 +37,7 @@ from scipy.optimize.elementwise import find_root
 from scipy.special import entr
 from scipy.stats import pearson3
 
-from data.common import DATA, InputError, Parser, load_data, run
+from data.common import InputError, Parser, load_data, run
 from model import GPT, LEARNED, MLA, GPTConfig, load_checkpoint
 
 NULLS = ("chain", "mp")
@@ -227,7 +227,7 @@ def second_moments(model, idx):
 
 def logit_ranks(model, idx):
     """The effective rank (L, H) of S M S, where S^2 is the second moment of the attention's input on tokens idx (B, T):
-    directions of M that no input excites do not count. Of all pairs of tokens at distance 0: RoPE's turns are left out.
+    directions of M in which inputs have no variance do not count. RoPE's rotations are left out (distance 0).
     """
     ranks = []
     for block, moment in zip(model.blocks, second_moments(model, idx), strict=True):
@@ -258,8 +258,8 @@ def diagnose(values, law):
     The law is scaled to match the median, which spikes do not move. edge: l+, its upper edge, so scaled. ks: the
     Kolmogorov-Smirnov distance. mp_gap: l_1 / l+. outliers: how many exceed l+; outlier_share: of n; outlier_energy:
     their share of the sum. p: the probability of l_1 / median at least this large under the null. soft_rank:
-    min(1, l+ / l_1). stable_rank: sum / l_1. effective_rank: exp(entropy of l / sum), also as a share of n and of what
-    the law has. NaN where the eigenvalues are NaN, or half of them 0 (no median then)."""
+    min(1, l+ / l_1). stable_rank: sum / l_1. effective_rank: exp(entropy of l / sum), also as a share of n and of
+    the null's. NaN where the eigenvalues are NaN, or their median is 0."""
     n, total, largest, median = values.shape[-1], values.sum(-1), values.max(-1), np.median(values, -1)
     rank = np.exp(entr(values / total[..., None]).sum(-1))
     ranks = {"effective_rank": rank, "effective_rank_share": rank / n, "stable_rank": total / largest}
@@ -303,8 +303,8 @@ def snapshot(model, step):
 
 
 def read_run(folder):
-    """A run's spectrum.jsonl -> GPTConfig, S steps, and spectra() with S as the first axis. Warns of damaged lines.
-    Raises InputError if no line is whole."""
+    """A run's spectrum.jsonl -> GPTConfig, S steps, and spectra() with S as the first axis. Skips damaged lines with
+    a warning. Raises InputError if none are left."""
     path, snapshots = folder / "spectrum.jsonl", {}
     if not path.is_file():
         raise InputError(f"{folder}: not a run folder: no spectrum.jsonl, which train.py writes into --out")
@@ -322,7 +322,7 @@ def read_run(folder):
 
 
 def run_key(folder):
-    """Equal for runs that differ only in their seed. For a run without a checkpoint, its folder."""
+    """A key shared by runs that differ only in their seed. A run without a checkpoint has its own."""
     try:
         options = load_checkpoint(folder / "ckpt.pt")[1]["options"]
     except InputError:
@@ -375,10 +375,10 @@ def answers(steps, diagnosed):
     if first.any():
         when, stay = np.array(steps[1:])[first.nonzero()[1]], spikes[spikes.cumsum(1) > 0].mean()
         lines += [f"          first at steps {when.min()} to {when.max()}; then in {stay:.0%} of the snapshots"]
-        lines += [f"collapse  effective rank when a layer first spikes: {np.nanmean(change[first]):+.1%}; "]
+        lines += [f"collapse  effective rank changes when a layer first spikes: {np.nanmean(change[first]):+.1%}, "]
         both = np.argwhere(first.any(-1) & calm.any(-1))  # seeds and snapshots with layers of both kinds
         gaps = [change[i, j][first[i, j]].mean() - change[i, j][calm[i, j]].mean() for i, j in both]
-        lines[-1] += f"{np.mean(gaps):+.1%} against other layers at that time (n={len(gaps)})" if gaps else "no others"
+        lines[-1] += f"{np.mean(gaps):+.1%} relative to layers without (n={len(gaps)})" if gaps else "in all at once"
     share, of_null = told("effective_rank_share"), told("effective_rank_of_null")
     return [*lines, f"rank      {told('effective_rank')}: {share} of n; {of_null} of the null's"]
 
@@ -463,11 +463,9 @@ def analyse_model(path, args):
     if not all(0 <= distance <= longest for distance in distances):
         raise InputError(f"--distance: must be from 0 to {longest} for this model")
     if args.data:
-        meta, _, tokens = load_data(DATA / args.data if (DATA / args.data).exists() else args.data)
+        meta, _, tokens = load_data(args.data)
         if meta["vocab_size"] > config.vocab_size or len(tokens) < length:
-            raise InputError(
-                f"--data={args.data}: must have the model's tokens, and at least {length:,} to validate on"
-            )
+            raise InputError(f"--data={args.data}: needs the model's tokenizer and {length:,} validation tokens")
     for distance in distances:
         found, rotated, afterwards = spectra(model, distance), {}, {}
         for layer in np.flatnonzero(np.isnan([*found.values()][-1]["heads"]).any((1, 2))):
@@ -489,7 +487,7 @@ def analyse_model(path, args):
         rows = torch.from_numpy(tokens[: 32 * length].astype(np.int64)).unfold(0, length, length)
         report["logit_ranks"] = plain(ranks := logit_ranks(model, rows))
         told = "; ".join(f"layer {layer} {x:.1f}" for layer, x in enumerate(np.nanmean(ranks, 1)))
-        print(f"\neffective rank of M between the inputs that occur in {args.data}: {told}")
+        print(f"\neffective rank of M on inputs from {args.data}: {told}")
     draw_model(out / "spectrum.png", title, config, found, rotated, args.null)
     (out / "spectrum.json").write_text(json.dumps(report))
     print(f"wrote {out / 'spectrum.json'} and {out / 'spectrum.png'}")
@@ -511,7 +509,7 @@ def analyse_runs(paths, args):
         diagnostics = plain(diagnosed)
         report.append(dict(runs=names, null=args.null, config=asdict(config), steps=steps, diagnostics=diagnostics))
     if len(groups) > 1:
-        print("\nNulls differ between variants. Only effective rank and its share of n compare across these runs.")
+        print("\nNulls differ between variants. To compare these runs, use effective rank and its share of n.")
     out = args.out or Path(os.path.commonpath([path.absolute() for path in paths]))
     data, figure = out / "dynamics.json", out / f"dynamics_{args.null}.png"
     draw_dynamics(figure, columns, f"Each head's W_Q W_K^T in training, against the {args.null} null")
@@ -534,8 +532,7 @@ def main():
         raise InputError("--distance and --data go with a checkpoint, not with the folders of runs")
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
-    with warnings.catch_warnings(), np.errstate(all="ignore"):  # zero or non-finite weights give 0/0
-        warnings.filterwarnings("ignore", "Mean of empty slice")
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # zero or non-finite weights give 0/0
         analyse_runs(args.paths, args) if runs else analyse_model(args.paths[0], args)
 
 

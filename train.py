@@ -1,4 +1,4 @@
-"""Train a GPT with any attention, from scratch or from a checkpoint, whose attention can be converted.
+"""Train a GPT with any of the seven attention variants, from scratch or from a checkpoint, converted if need be.
 
 Runs on a CPU, a Mac, a GPU, or several GPUs under torchrun. Writes to --out: ckpt.pt (the best model so far), last.pt
 (for --resume), log.jsonl, train.png, and spectrum.jsonl (snapshots of the spectrum of W_Q W_K^T). The batches
@@ -83,7 +83,7 @@ def parse_arguments(arguments=None):
     example = "example: python train.py --attn=mla_decoupled --rank=0.25 --out=out/quarter"
     parser = Parser(usage="train.py [FLAGS]", description=__doc__, epilog=example, argument_default=SUPPRESS)
     for name, (kind, default, text) in FLAGS.items():
-        how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
+        how = {"choices" if isinstance(kind, tuple) else "type": kind}
         how = {"action": BooleanOptionalAction} if kind is bool else how
         parser.add_argument(f"--{name}", help=text if default is None else f"{text} (default: {default})", **how)
     return vars(parser.parse_args(arguments))
@@ -112,7 +112,7 @@ def resolve(given):
 
 
 def read_start(given):
-    """Load the checkpoint of --resume or --init_from -> it, or None; and the flags, with those that it fixes."""
+    """Load the checkpoint for --resume or --init_from. Return it, or None, and the flags with those that it fixes."""
     if given.get("resume"):
         start = load_checkpoint(Path(given.get("out", "out")) / "last.pt")[1]
         if "optimizers" not in start:
@@ -177,11 +177,11 @@ def story_rows(tokens, end, length):
 
 
 def batch(tokens, starts, lengths, device):
-    """Rows of tokens -> idx, targets (B, longest), int64; targets past the end of a row are -1."""
-    offsets = np.arange(lengths.max() + 1)
+    """The rows of tokens with these starts and lengths (or one length for all) -> idx, targets (B, longest), int64.
+    Targets past the end of a row are -1."""
+    offsets, lengths = np.arange(np.max(lengths) + 1), np.reshape(lengths, (-1, 1))
     rows = torch.from_numpy(tokens[np.minimum(starts[:, None] + offsets, len(tokens) - 1)].astype(np.int64))
-    idx, targets = rows[:, :-1].contiguous(), rows[:, 1:].clone()
-    targets[offsets[:-1] >= lengths[:, None]] = -1
+    idx, targets = rows[:, :-1].contiguous(), rows[:, 1:].masked_fill(torch.from_numpy(offsets[:-1] >= lengths), -1)
     if device.startswith("cuda"):  # pinned, so that copying overlaps with computing
         return tuple(tensor.pin_memory().to(device, non_blocking=True) for tensor in (idx, targets))
     return idx.to(device), targets.to(device)
@@ -213,12 +213,15 @@ def convert(model, config, moments):
         else:  # each head has a copy of its group's keys and values
             heads = (w.weight.unflatten(0, (-1, config.head_dim)) for w in (a.w_k, a.w_v))
             w_k, w_v = (w.repeat_interleave(config.n_head // len(w), 0).flatten(0, 1).mT for w in heads)
-        k, v = (b.w_uk, w_k), (b.w_uv, w_v)
-        for w_down, ups in [(b.w_dk, [k, v])] if config.joint else [(b.w_dk, [k]), (b.w_dv, [v])]:
-            down, up = compress(torch.cat([w for _, w in ups], 1), moment, config.latent_dim)
-            w_down.weight.copy_(down.mT)
-            for (w_up, _), part in zip(ups, up.chunk(len(ups), 1), strict=True):
-                w_up.weight.copy_(part.mT)
+        r, d = config.latent_dim, config.n_embd
+        if config.joint:
+            down, up = compress(torch.cat((w_k, w_v), 1), moment, r)
+            pairs = (b.w_dk, down), (b.w_uk, up[:, :d]), (b.w_uv, up[:, d:])
+        else:
+            (down_k, up_k), (down_v, up_v) = compress(w_k, moment, r), compress(w_v, moment, r)
+            pairs = (b.w_dk, down_k), (b.w_uk, up_k), (b.w_dv, down_v), (b.w_uv, up_v)
+        for linear, matrix in pairs:
+            linear.weight.copy_(matrix.mT)
     return new
 
 
@@ -308,18 +311,17 @@ class Run:
         o, config, size, self.out = self.options, self.config, self.config.block_size, Path(self.options.out)
         self.device, self.process, self.processes = set_up_device(o)
         self.leader = self.process == 0  # only this process reports and writes
-        folder = DATA / o.data if (DATA / o.data / "meta.json").exists() or o.data == "stories" else Path(o.data)
-        if self.leader and o.data == "stories" and not folder.exists():
+        if self.leader and o.data == "stories" and not (DATA / "stories").exists():
             prepare()
         any_process(False)  # a barrier: wait until the data is there
-        self.meta, self.train_tokens, self.val_tokens = load_data(folder)
+        self.meta, self.train_tokens, self.val_tokens = load_data(o.data)
         self.facts = {key: value for key, value in self.meta.items() if key != "val_nats"}
-        # Of a loss of 1 nat per token. Unlike the loss, bits per byte do not depend on the tokenizer
+        # Converts nats per token to bits per byte, which do not depend on the tokenizer
         self.bits_per_byte = self.meta["val_tokens"] / self.meta["val_bytes"] / math.log(2)
         if o.resume and start["meta"] != self.facts:
             raise InputError(f"--resume: --data={o.data} is not what the run was trained on")
         if start and any(start["meta"][name] != self.meta[name] for name in ("tokenizer", "vocab_size")):
-            raise InputError(f"--data={o.data}: must have the tokens of {o.init_from}: {start['meta']['tokenizer']}")
+            raise InputError(f"--data={o.data}: must use the tokenizer of {o.init_from}: {start['meta']['tokenizer']}")
         self.tokenizer, end = load_tokenizer(self.meta["tokenizer"]), self.meta["end"]
         config.vocab_size = self.tokenizer.n_vocab
         if config.vocab_size != self.meta["vocab_size"]:
@@ -340,8 +342,9 @@ class Run:
             if source.config.cache_shapes == config.cache_shapes:
                 self.model.load_state_dict(source.state_dict())
             else:
-                idx, _ = self.training_batch(np.random.default_rng(o.seed).choice(self.starts, 64))
-                self.model = convert(source, config, second_moments(source, idx[:, : source.config.block_size]))
+                rows = np.random.default_rng(o.seed).choice(self.starts, 64)
+                idx, _ = batch(self.train_tokens, rows, min(size, source.config.block_size), self.device)
+                self.model = convert(source, config, second_moments(source, idx))
         self.optimizers = make_optimizers(self.model, o)
         self.first_step, self.best_val_loss, self.losses, self.norm = 0, math.inf, [], None
         if o.resume:
@@ -353,20 +356,17 @@ class Run:
             self.losses = list(torch.tensor(start["losses"], device=self.device))
         self.ddp = DistributedDataParallel(self.model) if self.processes > 1 else None
         self.net = torch.compile(self.ddp or self.model, disable=not o.compile)
-        # On a CPU, two batches at once, each on half of the cores, are a fifth faster than one after the other. Their
-        # gradients add up to the same, whichever is first; dropout would draw its numbers in any order
+        # On a CPU, running both batches of a step in parallel, each on half the cores, is 20% faster. Their gradients
+        # add up to the same sum in either order. Not with dropout: the order of its random numbers would vary
         threads, self.map = torch.get_num_threads() // 2, map
-        if threads and (kind, o.grad_accum, o.dropout, o.compile, self.ddp) == ("cpu", 2, 0, False, None):
+        if threads and kind == "cpu" and o.grad_accum == 2 and not (o.dropout or o.compile or self.ddp):
             self.map = ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(threads,)).map
 
-    def training_batch(self, starts):
-        """idx, targets (B, block_size), the rows that begin at `starts`. The last story of a row may be cut off."""
-        return batch(self.train_tokens, starts, np.full(len(starts), self.config.block_size), self.device)
-
     def backward(self, starts):
-        """Add the gradient of one batch of a step -> its share of the loss."""
+        """Backpropagate one batch of a step, and return its share of the loss. Rows may end within a story."""
+        idx, targets = batch(self.train_tokens, starts, self.config.block_size, self.device)
         with self.autocast():
-            loss = self.net(*self.training_batch(starts))[1] / self.options.grad_accum
+            loss = self.net(idx, targets)[1] / self.options.grad_accum
         self.scaler.scale(loss).backward()
         return loss.detach()
 
@@ -402,11 +402,11 @@ class Run:
 
     @torch.no_grad()
     def evaluate(self, model, batches=None):
-        """Validation loss in nats per token, on the first batches or on all data, and the floor there: the loss of a
-        perfect model, or None if it is unknown."""
+        """Return the validation loss in nats per token, and the floor: a perfect model's loss on the same tokens, or
+        None if unknown. batches=None uses all data."""
         model.eval()
         total, count, size = 0.0, 0, self.options.batch_size // self.processes  # what fits on one process
-        for i in range(0, len(self.val_rows[0]), size)[: batches and batches * self.processes]:
+        for i in range(0, len(self.val_rows[0]), size)[: batches and batches * self.processes]:  # the leader does all
             starts, lengths = (column[i : i + size] for column in self.val_rows)
             with self.autocast():
                 loss = model(*batch(self.val_tokens, starts, lengths, self.device))[1]
@@ -432,7 +432,7 @@ class Run:
 
     def check_finite(self, step, losses):
         if not math.isfinite(total := float(sum(losses))):
-            kept = f"the checkpoints in {self.out} are from before; try a lower --lr than {self.options.lr}"
+            kept = f"the checkpoints in {self.out} are from before that. Try an --lr below {self.options.lr}"
             raise FloatingPointError(f"by step {step} the loss is {total}; {kept}")
 
     def report(self, step):
@@ -450,7 +450,8 @@ class Run:
         cells = (loss, ".4f"), (val_loss, ".4f"), (over, ".4f"), (rate, ",.0f"), (mfu, ".0%"), (left, ".1f")
         print(f"{step:6}", *(f"{'-' if x is None else format(x, style):>9}" for x, style in cells), flush=True)
         entry = dict(step=step, tokens=step * tokens, loss=loss, val_loss=val_loss, tokens_per_second=rate)
-        entry |= {"excess" if floor else "bits_per_byte": over, "gradient_norm": self.norm and float(self.norm)}
+        norm = None if self.norm is None else float(self.norm)
+        entry |= {"excess" if floor else "bits_per_byte": over, "gradient_norm": norm}
         with open(self.out / "log.jsonl", "a") as log:
             log.write(json.dumps(entry) + "\n")
         self.losses = []
@@ -485,9 +486,9 @@ class Run:
             if step < o.steps:
                 self.check_finite(step, [p.detach().sum() for p in self.model.parameters()])
                 self.save(step)
-                print(f"stopped after {step} of {o.steps} steps. To go on: python train.py --resume --out={self.out}")
+                print(f"stopped after {step} of {o.steps} steps. Continue: python train.py --resume --out={self.out}")
             draw(self.out)
-        any_process(False)  # a barrier: a stopped run exits with 130, and torchrun would kill a leader that still saves
+        any_process(False)  # a barrier: once one process exits with an error, torchrun kills the others
         if self.ddp:
             dist.destroy_process_group()
         for s, handler in handlers.items():  # only now: a second Ctrl-C must not interrupt saving
@@ -511,12 +512,11 @@ class Run:
             print(f"excess   {loss - floor:.4f} above the floor of {floor:.4f}, the loss of a perfect model")
             try:
                 found = recall(model, (self.meta, self.train_tokens, self.val_tokens))[1]
-                print("         {lost:.4f} of it at words that the story so far determines".format(**found))
+                print("         {lost:.4f} of it at words that the story has already determined".format(**found))
                 print("recall   {recall:.1%} of the words that a story asks for".format(**found))
-                guesses = "by chance {chance:.1%}; by copying a word of that kind from the story {copying:.1%}"
-                print(f"         {guesses}".format(**found))
+                print("         by guessing {chance:.1%}; by copying any such word {copying:.1%}".format(**found))
             except InputError as error:  # stories of another version of the world, or longer than the context
-                print(f"recall   is not known: {error}")
+                print(f"recall   unknown: {error}")
         cached, of_mha = model.kv_bytes_per_token(torch.bfloat16), o.n_layer * 2 * o.n_embd * 2
         print(f"KV cache {cached:,} bytes per token in bfloat16, {cached / of_mha:.0%} of mha's {of_mha:,}")
         print(f"\n{wrap(tell(model, self.tokenizer, 'Once upon a time'))}\n")

@@ -23,7 +23,7 @@ def deepseek(dtype, context):
     config = transformers.DeepseekV2Config(
         vocab_size=VOCAB,
         hidden_size=512,
-        intermediate_size=2048,
+        intermediate_size=1365,  # three matrices, with as many weights as our two
         num_hidden_layers=9,
         num_attention_heads=8,
         num_key_value_heads=8,

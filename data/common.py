@@ -104,11 +104,10 @@ def load_tokenizer(name):
     return encoding
 
 
-def load_data(folder):
-    """Read a folder that data/prepare.py wrote -> meta (a dict), and train and val (uint16, memory-mapped).
-
-    Raises InputError if something is missing, cut short or does not belong together."""
-    folder = Path(folder)
+def load_data(name):
+    """Read what data/prepare.py made: a folder's name in data/, or its path. Return meta (a dict), train and val
+    (uint16, memory-mapped). Raises InputError if something is missing, cut short or does not belong together."""
+    folder = DATA / name if (DATA / name / "meta.json").exists() else Path(name)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such data folder; make one with data/prepare.py")
     try:

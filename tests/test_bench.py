@@ -1,10 +1,10 @@
 """The byte and FLOP counts, the tables, and what can be typed wrongly. No speed is asserted anywhere."""
 
+import argparse
 import json
 from dataclasses import asdict, replace
 from functools import partial
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -58,15 +58,15 @@ def test_the_cost_of_a_step_is_what_it_reads_and_multiplies(attn, rank, joint, b
 @pytest.mark.parametrize("attn", ATTN)
 def test_a_row_holds_what_was_allocated(attn):
     model = GPT(config_of(attn)).eval()
-    row = bench.measure(model, torch.float32, 2, 8, "cpu", MACHINE)
+    row = bench.measure(model, torch.float32, 2, 8, "cpu")
     assert row["kv_bytes"] == model.kv_bytes_per_token(torch.float32)
     assert row["expanded"] > 0 and (row.get("absorbed") is not None) == (attn in ABSORBS)
-    assert row["gb"] > 0 and row["roofline"] > 0
-    work = {"memory": row["gb"], "arithmetic": row["gflop"] / 10}  # in seconds of MACHINE per second
-    assert row["limit"] == max(work, key=work.get) and row["roofline"] == pytest.approx(work[row["limit"]])
-    assert row["memory"] > 4 * row["parameters"]
-    faster = {key: value * 3 if isinstance(value, float) else value for key, value in row.items()}
-    assert bench.speed(bench.median([row, faster, faster])) == pytest.approx(3 * bench.speed(row))
+    slower = row | {way: row[way] / 2 for way in ("expanded", "absorbed") if way in row}
+    found = bench.summarize([row, slower, slower], model.config, MACHINE)
+    assert bench.speed(found) == pytest.approx(bench.speed(row) / 2) and found["spread"] == pytest.approx(0.5)
+    work = {"memory": found["gb"], "arithmetic": found["gflop"] / 10}  # in seconds of MACHINE per second
+    assert found["limit"] == max(work, key=work.get) and found["roofline"] == pytest.approx(work[found["limit"]])
+    assert found["memory"] >= 4 * row["parameters"] + 2 * 8 * row["kv_bytes"] / 1e6
 
 
 def test_temporary_memory_is_the_peak_of_a_step_alone():
@@ -77,7 +77,17 @@ def test_temporary_memory_is_the_peak_of_a_step_alone():
         (kept[-1] + kept[-1]).sum()  # and 100 MB more
 
     for _ in range(2):
-        assert 190e6 < bench.temporary_bytes(step, "cpu") < 230e6
+        if (found := bench.temporary_bytes(step, "cpu")) is None:
+            pytest.skip("this system does not tell")
+        assert 190e6 < found < 230e6
+
+
+@pytest.mark.parametrize("size", bench.SIZES)
+def test_every_size_has_its_variants(size):
+    """Some sizes cannot share key heads by eight."""
+    args = argparse.Namespace(context=None, attn=ATTN, size=size)
+    models, contexts = bench.choose_models(args, {})
+    assert contexts == [512, 4096] and {config.attn for _, _, config in models} == set(ATTN)
 
 
 class Allocations(TorchDispatchMode):
@@ -120,15 +130,6 @@ def test_calls_are_timed_after_a_warm_up_unless_they_are_slow(first, counted, mo
         clock[0] += next(taken)
 
     assert bench.seconds(work, "cpu") == pytest.approx(counted)
-
-
-def test_the_median_of_rounds_counts():
-    rounds = [{"attn": "mla", "rank": 0.5, "expanded": s, "absorbed": s / 2} for s in (90.0, 120.0, 100.0)]
-    for row in rounds[::2]:
-        row |= {key: np.float64(row[key]) for key in ("expanded", "absorbed")}  # as numpy's means are
-    row = bench.median(rounds)
-    assert (row["attn"], row["expanded"], row["absorbed"]) == ("mla", 100, 50)
-    assert row["spread"] == pytest.approx(0.15)
 
 
 def report():
@@ -266,7 +267,7 @@ def test_stories_of_a_checkpoint_are_judged(script, data, tmp_path):
         (["--columns=speed"], "invalid choice"),
         (["--device=tpu"], "--device=tpu"),
         (["--batch=0"], "--batch: must be at least 1"),
-        (["--batch=100000000", "--context=1000000"], "would need"),
+        (["--batch=100000000", "--context=1000000"], "smaller values"),
         (["--out=/dev/null"], "--out=/dev/null: must be a folder"),
         (["nothing.pt"], "No such file"),
         (["--rounds=x"], "invalid int"),

@@ -137,7 +137,7 @@ def test_loss_rises_as_the_rank_falls_and_less_than_with_the_plain_svd(trained, 
         source, _ = load_checkpoint(trained[attn] / "ckpt.pt")
         flags = [*SMALL, f"--data={stories}", f"--init_from={trained[attn]}/ckpt.pt", "--steps=0", f"--out={tmp_path}"]
         run = train.Run(train.parse_arguments(flags))
-        rows = run.training_batch(run.starts[:64])[0]
+        rows = train.batch(run.train_tokens, run.starts[:64], run.config.block_size, "cpu")[0]
         moments = train.second_moments(source, rows)
         plain = [torch.eye(64, dtype=torch.float64)] * 2
         weighted_losses, plain_losses = (
@@ -246,4 +246,4 @@ def test_other_tokens_are_refused(changed, trained, tmp_path, call):
     assert meta["vocab_size"] == 2383
     (data / "meta.json").write_text(json.dumps(meta | changed))
     status, _, err = call(train.main, f"--init_from={trained['mha']}/ckpt.pt", f"--data={data}", f"--out={tmp_path}/o")
-    assert status == 2 and re.search("--data=.*tokens of .*stories", err) and err.count("\n") == 1
+    assert status == 2 and re.search("--data=.*tokenizer of .*stories", err) and err.count("\n") == 1
