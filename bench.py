@@ -201,9 +201,9 @@ def check_memory(config, batch, context, dtype, device):
 
 
 @torch.no_grad()
-def decode(model, batch, context, absorb, device, compiled=False):
+def decode(model, batch, context, absorb, device, compiled=False, memory=True):
     """A step that decodes one token for each sequence and attends to `context` tokens, the new one included.
-    -> its seconds, bytes of the cache per token, bytes of temporary memory if it is not compiled"""
+    -> its seconds, bytes of the cache per token; if asked for, bytes of temporary memory of an uncompiled step"""
     torch._dynamo.reset()  # frees the CUDA graphs of earlier caches
     cache = model.init_cache(batch, absorb)
     cache.reserve(context)
@@ -220,7 +220,8 @@ def decode(model, batch, context, absorb, device, compiled=False):
 
     hidden = torch.compile(model.hidden, mode="reduce-overhead", fullgraph=True) if compiled else model.hidden
     taken = np.median(seconds(partial(step, hidden), device))
-    return taken, cache.nbytes / (batch * cache.size), temporary_bytes(partial(step, model.hidden), device)
+    temporary = temporary_bytes(partial(step, model.hidden), device) if memory else None
+    return taken, cache.nbytes / (batch * cache.size), temporary
 
 
 def train_speed(config, size, data, dtype, device):
@@ -239,8 +240,8 @@ def train_speed(config, size, data, dtype, device):
         raise (InputError if process.returncode == 2 else OSError)(f"--train: train.py stopped: {errors.read()}")
 
 
-def measure(model, dtype, batch, context, device, compiled=False):
-    """Decode with one model at one batch and context, each way that it can -> a row, yet without comparisons."""
+def measure(model, dtype, batch, context, device, *options):
+    """Decode with one model at one batch and context, in each way it can -> a row, not yet compared with anything."""
     config = model.config
     parameters = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("position"))
     row = {"attn": config.attn, "rank": config.rank, "joint": config.joint, "parameters": parameters / 1e6}
@@ -248,7 +249,7 @@ def measure(model, dtype, batch, context, device, compiled=False):
     shape = ("n_layer", "n_head", "n_embd", "vocab_size", "latent_norm", "q_rank")
     row |= {name: getattr(config, name) for name in shape}
     for way, absorb in (("expanded", False), ("absorbed", True))[: 1 + (config.attn in ABSORBS)]:
-        taken, row["kv_bytes"], row[f"{way}_temporary"] = decode(model, batch, context, absorb, device, compiled)
+        taken, row["kv_bytes"], row[f"{way}_temporary"] = decode(model, batch, context, absorb, device, *options)
         row[way] = batch / taken
     return row
 
@@ -560,7 +561,7 @@ def main():
                 model = GPT(config).to(device, dtype).eval()
         for batch, context in product(args.batch, contexts):
             bar.set_postfix_str(f"{name} {context}")
-            row = measure(model, dtype, batch, context, device, args.compile) | about
+            row = measure(model, dtype, batch, context, device, args.compile, n == 0) | about
             rows.setdefault((i, batch, context), []).append(row)
         del model
     report = {"command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), "machines": {}}
