@@ -77,6 +77,7 @@ def test_temporary_memory_is_the_peak_of_a_step_alone():
         (kept[-1] + kept[-1]).sum()  # and 100 MB more
 
     for _ in range(2):
+        torch.ones(200_000_000).sum()  # a higher peak, but before
         if (found := bench.temporary_bytes(step, "cpu")) is None:
             pytest.skip("this system does not tell")
         assert 190e6 < found < 230e6
@@ -88,6 +89,16 @@ def test_every_size_has_its_variants(size):
     args = argparse.Namespace(context=None, attn=ATTN, size=size)
     models, contexts = bench.choose_models(args, {})
     assert contexts == [512, 4096] and {config.attn for _, _, config in models} == set(ATTN)
+
+
+def test_a_decode_step_attends_to_context_tokens_and_no_empty_places():
+    model, seen = GPT(replace(config_of("mla"), block_size=256)).eval(), []
+    hidden = model.hidden
+    model.hidden = lambda token, positions, cache: (
+        seen.append((positions.tolist(), cache.size)) or hidden(token, positions, cache)
+    )
+    bench.decode(model, 2, 128, True, "cpu")
+    assert set(map(str, seen)) == {"([127], 128)"}
 
 
 class Allocations(TorchDispatchMode):
