@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import random
 import resource
 import shutil
 import signal
@@ -96,9 +97,11 @@ def test_a_disk_that_fails_ends_in_one_line_and_keeps_the_last_checkpoint(troubl
 
 
 def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    """A port below those that the system gives to outgoing connections: one of these could take it before we do."""
+    for port in random.sample(range(10000, 30000), 100):
+        with contextlib.suppress(OSError), socket.socket() as free:
+            free.bind(("127.0.0.1", port))
+            return port
 
 
 def two_processes(rank, ports, data, folder):
@@ -131,14 +134,20 @@ def test_if_one_process_dies_all_end(data, tmp_path):
     flags = [*SMALL, "--steps=1000000", "--eval_interval=5", f"--data={data}", f"--out={tmp_path}"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *flags]
     run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "last.pt").exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    ranks = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
-    assert len(ranks) == 2
-    os.kill(int(ranks[1]), signal.SIGKILL)
-    assert run.wait(timeout=120) != 0
-    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
+    ranks, deadline = [], time.monotonic() + 120
+    try:
+        while not (tmp_path / "last.pt").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        ranks = [int(pid) for pid in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()]
+        assert len(ranks) == 2
+        os.kill(ranks[1], signal.SIGKILL)
+        assert run.wait(timeout=120) != 0
+        assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
+    finally:
+        run.kill()
+        for pid in ranks:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
     load_checkpoint(tmp_path / "last.pt")
 
 
