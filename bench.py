@@ -15,13 +15,14 @@ import ctypes
 import json
 import math
 import platform
-import subprocess
 import sys
 import time
 from dataclasses import asdict
+from fractions import Fraction
 from functools import partial
 from itertools import product
 from pathlib import Path
+from subprocess import PIPE, Popen
 from tempfile import TemporaryDirectory
 
 import numpy as np
@@ -78,24 +79,14 @@ GROUP = ("device", "dtype", "batch", "context")  # one table for each
 
 
 def seconds(function, device, repeats=3):
-    """Time `repeats` calls after a warm-up. If the first call takes over half a second, return that one alone."""
-    on_cuda, times = device.startswith("cuda"), []
-    while len(times) < repeats + 3 * on_cuda + 1:  # torch.compile records a CUDA graph in the second call
-        if on_cuda:
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            function()
-            end.record()
-            torch.cuda.synchronize()
-            times.append(begin.elapsed_time(end) / 1000)
-        else:
-            begin = time.perf_counter()
-            function()
-            if device.startswith("mps"):
-                torch.mps.synchronize()
-            times.append(time.perf_counter() - begin)
-            if times[0] > 0.5:
-                break
+    """Time `repeats` calls after a warm-up. On a CPU, if the first takes over half a second, return that one alone."""
+    kind, times = device.split(":")[0], []
+    warmup = 4 if kind == "cuda" else 1  # torch.compile records a CUDA graph in the second call
+    while len(times) < warmup + repeats and not (kind == "cpu" and sum(times[:1]) > 0.5):
+        begin = time.perf_counter()
+        function()
+        getattr(torch, kind).synchronize()
+        times.append(time.perf_counter() - begin)
     return np.array(times[-repeats:])
 
 
@@ -109,19 +100,16 @@ def ceilings(device, dtype):
 
 
 def in_proc(file, key):
-    """The value of the first line in Linux' /proc/<file> with this key, or None."""
-    try:
-        lines = (line.partition(":") for line in Path("/proc", file).read_text().splitlines())
-        return next((value.strip() for name, _, value in lines if name.strip() == key), None)
-    except OSError:
-        return None
+    """The value of the first line of /proc/<file> with this key; None on other systems than Linux."""
+    lines = Path("/proc", file).read_text().splitlines() if Path("/proc", file).exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), None)
 
 
 def machine(device):
-    if device.startswith("cuda"):
-        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
-    name = in_proc("cpuinfo", "model name") or platform.processor() or platform.machine()
-    return f"{torch.get_num_threads()} threads on {name}, torch {torch.__version__}"
+    processor = in_proc("cpuinfo", "model name") or platform.processor() or platform.machine()
+    on_cpu = f"{torch.get_num_threads()} threads on {processor}"
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else on_cpu
+    return f"{name}, torch {torch.__version__}"
 
 
 def temporary_bytes(step, device):
@@ -162,14 +150,10 @@ def decode_cost(config, parameters, batch, context, itemsize, absorbed):
     return read, 2 * parameters * batch + L * batch * (context * attend + (context - 1) * expand)
 
 
-def rank_of(row):
-    """A rank as text: 1/2, or 0.3."""
-    return f"1/{round(1 / row['rank'])}" if (1 / row["rank"]).is_integer() else str(row["rank"])
-
-
 def name_of(row):
-    name = row["attn"] + (f" {rank_of(row)}" if row["rank"] else "") + (" joint" if row["joint"] else "")
-    return name + (" norm" if row.get("latent_norm") else "") + (f" q={row['q_rank']:g}" if row.get("q_rank") else "")
+    words = [row["attn"], str(Fraction(row["rank"]).limit_denominator(1000)) if row["rank"] else ""]
+    words += ["joint" * row["joint"], "norm" * row["latent_norm"], f"q={row['q_rank']:g}" if row["q_rank"] else ""]
+    return " ".join(filter(None, words))
 
 
 def speed(row):
@@ -190,11 +174,8 @@ def check_memory(config, batch, context, dtype, device):
     cache = batch * context * model.kv_bytes_per_token(dtype)
     expanded = batch * context * config.n_embd * (2 * dtype.itemsize + 3 * 4)  # one layer's; RoPE computes in float32
     needed = 1.2 * (weights + cache + (expanded if config.attn in MLA else 0))
-    if device.startswith("cuda"):
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        available = in_proc("meminfo", "MemAvailable")  # in kB
-        free = int(available.split()[0]) * 1024 if available else math.inf
+    available = in_proc("meminfo", "MemAvailable") or "inf"  # in kB
+    free = float(available.split()[0]) * 1024 if "cuda" not in device else torch.cuda.mem_get_info(device)[0]
     if needed > free:
         what = f"{config.attn} needs {needed / 1e9:.1f} GB on {device}, but {free / 1e9:.1f} GB are free"
         raise InputError(f"--batch={batch} --context={context}: {what}; choose smaller values")
@@ -226,28 +207,23 @@ def decode(model, batch, context, absorb, device, compiled=False, memory=True):
 
 def train_speed(config, size, data, dtype, device):
     """Tokens/s that train.py reports for its steps 11 to 20, with its own optimizer, precision and batches."""
-    flags = {"attn": config.attn, "size": size, "data": data, "dtype": str(dtype)[6:], "device": device}
+    flags = {"attn": config.attn, "size": size, "data": data, "dtype": dtype, "device": device}
     flags |= {"steps": 100_000, "eval_interval": 10, "eval_steps": 1} | ({"rank": config.rank} if config.rank else {})
-    with TemporaryDirectory() as out, open(Path(out, "errors"), "w+") as errors:
-        command = [sys.executable, Path(__file__).parent / "train.py", *(f"--{k}={v}" for k, v in flags.items())]
-        command += [f"--out={out}", *["--joint"] * config.joint]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
-            for line in process.stdout:
-                if line.split()[:1] == ["20"]:
-                    process.kill()
-                    return float(line.split()[4].replace(",", ""))
-        errors.seek(0)
-        raise (InputError if process.returncode == 2 else OSError)(f"--train: train.py stopped: {errors.read()}")
+    command = [sys.executable, Path(__file__).parent / "train.py", *(f"--{k}={v}" for k, v in flags.items())]
+    command += ["--joint"] * config.joint
+    with TemporaryDirectory() as out, Popen([*command, f"--out={out}"], stdout=PIPE, text=True) as process:
+        if line := next((line for line in process.stdout if line.split()[:1] == ["20"]), None):
+            process.kill()
+            return float(line.split()[4].replace(",", ""))
+    sys.exit(process.returncode)  # train.py has said why
 
 
 def measure(model, dtype, batch, context, device, *options):
     """Decode with one model at one batch and context, in each way it can -> a row, not yet compared with anything."""
     config = model.config
     parameters = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("position"))
-    row = {"attn": config.attn, "rank": config.rank, "joint": config.joint, "parameters": parameters / 1e6}
-    row |= {"batch": batch, "context": context, "dtype": str(dtype)[6:], "device": device}
-    shape = ("n_layer", "n_head", "n_embd", "vocab_size", "latent_norm", "q_rank")
-    row |= {name: getattr(config, name) for name in shape}
+    row = asdict(config) | {"parameters": parameters / 1e6, "batch": batch, "context": context}
+    row |= {"dtype": str(dtype)[6:], "device": device}
     for way, absorb in (("expanded", False), ("absorbed", True))[: 1 + (config.attn in ABSORBS)]:
         taken, row["kv_bytes"], row[f"{way}_temporary"] = decode(model, batch, context, absorb, device, *options)
         row[way] = batch / taken
@@ -279,12 +255,10 @@ def summarize(rounds, config, ceiling):
 
 def sample(model, tokenizer, count, temperature=0.8, seed=0):
     """Sample `count` stories from an empty prompt."""
-    end, texts = tokenizer.eot_token, []
-    device = model.token_embedding.weight.device
-    generator = torch.Generator(device).manual_seed(seed)
+    end, room, texts = tokenizer.eot_token, model.config.block_size - 1, []
+    generator = torch.Generator(model.token_embedding.weight.device).manual_seed(seed)
     while len(texts) < count:
-        idx = torch.full((min(64, count), 1), end, device=device)
-        room = model.config.block_size - 1
+        idx = torch.full((min(64, count), 1), end, device=generator.device)
         stories = model.generate(idx, room, temperature, generator=generator, stop=end)[:, 1:].tolist()
         texts += [tokenizer.decode(s[: s.index(end)] if end in s else s) for s in stories]
     return texts[:count]
@@ -299,10 +273,8 @@ def judged(loaded, count, folder, device):
     for path, (_, checkpoint) in loaded.items():
         if any(checkpoint["meta"].get(key) != meta[key] for key in same):
             raise InputError(f"--judge: {path} was not trained on what is in {folder}; leave out --judge")
-    tokenizer = load_tokenizer(meta["tokenizer"])
-    told, rows = [], {}
-    for path, (model, _) in (bar := tqdm(loaded.items(), leave=False, disable=None)):
-        bar.set_postfix_str(f"{path} tells {count} stories")
+    tokenizer, told, rows = load_tokenizer(meta["tokenizer"]), [], {}
+    for path, (model, _) in tqdm(loaded.items(), "stories and recall", leave=False, disable=None):
         told += sample(model.to(device), tokenizer, count)
         rows[path] = recall(model, data, 300)[1]
         del rows[path]["excess"]  # of these 300 stories alone
@@ -312,39 +284,25 @@ def judged(loaded, count, folder, device):
     return rows
 
 
-# The comparison -------------------------------------------------------------------------------------------------------
-
-
 def seeds_apart(loaded):
     """{path: (model, checkpoint)} -> lists of paths, one list for runs that differ only in their seed."""
-    groups = {}
+    groups, changeable = {}, ("seed", "data", "out", "resume", "device", "compile")
     for path, (model, checkpoint) in loaded.items():
-        options = dict(checkpoint.get("options") or {"unknown": path})
-        seed = options.pop("seed", None)
-        ways = {k: v for k, v in options.items() if k not in ("data", "out", "resume", "device", "compile")}
-        key = str((model.config, ways, checkpoint.get("meta")))
+        options = checkpoint.get("options", {"out of": path})
+        fixed = {k: v for k, v in options.items() if k not in changeable}
+        key, seed = str((model.config, fixed, checkpoint.get("meta"))), options.get("seed")
         if seed in groups.get(key, ()):  # the same run listed twice is not two seeds
             key = path
         groups.setdefault(key, {})[seed] = path
     return [list(group.values()) for group in groups.values()]
 
 
-def learnt(checkpoint):
-    """The columns that come from a checkpoint."""
-    loss, floor = checkpoint["val_loss"], checkpoint["floor"]
-    return {"val_loss": loss, "excess": None if None in (loss, floor) else loss - floor}
-
-
 def mean_of(runs):
     """Columns of several runs -> their means, and standard errors between runs. A single run stays as it is."""
-    if len(runs) == 1:
-        return runs[0]
-    row = {}
-    for name in runs[0]:
-        values = [one.get(name) for one in runs]
-        if not name.endswith("_error") and None not in values:
-            row[name], row[f"{name}_error"] = mean_and_error(values)
-    return row
+    values = {name: [run.get(name) for run in runs] for name in runs[0] if not name.endswith("_error")}
+    known = [(name, *mean_and_error(of_all)) for name, of_all in values.items() if None not in of_all]
+    together = {name: mean for name, mean, _ in known} | {f"{name}_error": error for name, _, error in known}
+    return runs[0] if len(runs) == 1 else together
 
 
 def compare(rows):
@@ -354,13 +312,8 @@ def compare(rows):
         if mha := next((r for r in same if r["attn"] == "mha"), None):
             row |= {"cut": 1 - row["kv_bytes"] / mha["kv_bytes"], "to_mha": speed(row) / speed(mha)}
             if row.get("val_loss") and mha.get("val_loss"):
-                ratio = row["val_loss"] / mha["val_loss"]
-                row["loss_to_mha"] = ratio - 1
-                if row is not mha and row.get("val_loss_error") and mha.get("val_loss_error"):
-                    relative = (r["val_loss_error"] / r["val_loss"] for r in (row, mha))
-                    row["loss_to_mha_error"] = ratio * math.hypot(*relative)
-        full = [r for r in alike(same, row, ("attn", "joint", "latent_norm", "q_rank")) if r["rank"] == 1]
-        if full:
+                row["loss_to_mha"] = row["val_loss"] / mha["val_loss"] - 1
+        if full := [r for r in alike(same, row, ("attn", "joint", "latent_norm", "q_rank")) if r["rank"] == 1]:
             row["to_full"] = speed(row) / speed(full[0])
     return rows
 
@@ -373,7 +326,7 @@ def cells(rows, columns):
     columns = [c for c in columns if any(row.get(c) is not None for row in rows)]
     lines = [["attn", *(COLUMNS[c][0] for c in columns)]]
     for row in rows:
-        lines.append([row.get("name") or name_of(row)])
+        lines.append([row["name"]])
         for c in columns:
             value, error, style = row.get(c), row.get(f"{c}_error"), COLUMNS[c][1]
             text = "" if value is None else style.format(value)
@@ -386,27 +339,27 @@ def tables(report, columns):
     text = []
     for group in dict.fromkeys(tuple(row[name] for name in GROUP) for row in report["rows"]):
         device, dtype, batch, context = group
-        rows = alike(report["rows"], dict(zip(GROUP, group, strict=True)), GROUP)
-        ceiling = report["machines"][f"{device} {dtype}"]
-        speeds = f"{ceiling['bytes_per_s'] / 1e9:.1f} GB/s, {ceiling['flop_per_s'] / 1e9:,.0f} GFLOP/s"
-        text.append(f"{context:,} tokens attended to, batch {batch}, {dtype}; {ceiling['name']}: {speeds}")
-        lines = cells(rows, columns)
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        lines = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines]
-        lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
-        text.append("\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n")
+        limits = report["machines"][f"{device} {dtype}"]
+        speeds = f"{limits['bytes_per_s'] / 1e9:.1f} GB/s, {limits['flop_per_s'] / 1e9:,.0f} GFLOP/s"
+        text.append(f"{context:,} tokens attended to, batch {batch}, {dtype}; {limits['name']}: {speeds}\n")
+        lines = cells(alike(report["rows"], dict(zip(GROUP, group, strict=True)), GROUP), columns)
+        first, *widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        lines = [[name.ljust(first), *map(str.rjust, line, widths)] for name, *line in lines]
+        lines.insert(1, ["-" * first, *("-" * (width - 1) + ":" for width in widths)])
+        text += ["| " + " | ".join(line) + " |" for line in lines] + [""]
     return "\n".join(text)
 
 
 def advice(rows):
     """The fastest and the smallest variant of the first table with the longest context, in words."""
     longest = max(rows, key=lambda row: row["context"])
-    rows, lines = alike(rows, longest, GROUP), []
+    rows, text = alike(rows, longest, GROUP), f"{longest['context']:,} tokens, batch {longest['batch']}:"
     for title, row in (("fastest", max(rows, key=speed)), ("smallest cache", min(rows, key=lambda r: r["kv_bytes"]))):
         to_mha = f", {row['to_mha']:.2f} times mha's speed" if row.get("to_mha") else ""
-        cost = f"{speed(row):,.0f} tokens/s{to_mha}, {row['kv_bytes']:,.0f} bytes of cache per token"
-        lines.append(f"  {title}: {row.get('name') or name_of(row)}, {cost}")
-    return "\n".join([f"{longest['context']:,} tokens, batch {longest['batch']}, {longest['dtype']}:", *lines])
+        text += (
+            f"\n  {title}: {row['name']}, {speed(row):,.0f} tokens/s{to_mha}, {row['kv_bytes']:,.0f} bytes per token"
+        )
+    return text
 
 
 def draw(path, report):
@@ -429,40 +382,34 @@ def style_of(row):
 
 
 def draw_loss(axes, rows):
-    """A line for each variant, through its ranks."""
+    """A line for each variant, through its ranks, or points if it has several runs of one rank."""
     loss = "excess" if all(r.get("excess") is not None for r in rows) else "val_loss"
-    shortest = min(r["context"] for r in rows)  # the loss is the same for all contexts
-    rows = sorted((r for r in rows if r["context"] == shortest and r.get(loss)), key=lambda r: r["kv_bytes"])
+    rows = [r for r in alike(rows, rows[0], ("context",)) if r.get(loss)]  # the loss is the same for all contexts
     for attn, joint in dict.fromkeys((r["attn"], r["joint"]) for r in rows):
-        mine = [r for r in rows if (r["attn"], r["joint"]) == (attn, joint)]
-        x, y, style = [r["kv_bytes"] for r in mine], [r[loss] for r in mine], style_of(mine[0])
-        errors = [r.get(f"{loss}_error") or 0 for r in mine]
-        if len({r["rank"] for r in mine}) < len(mine):  # several runs of one rank: a line would mean nothing
-            style["ls"] = "none"
-        axes.errorbar(x, y, errors, **style, capsize=3, label=attn + (" joint" if joint else ""))
+        mine = sorted(alike(rows, dict(attn=attn, joint=joint), ("attn", "joint")), key=lambda r: r["kv_bytes"])
+        style = style_of(mine[0]) | (dict(ls="none") if len({r["rank"] for r in mine}) < len(mine) else {})
+        x, y, errors = zip(*((r["kv_bytes"], r[loss], r.get(f"{loss}_error") or 0) for r in mine), strict=True)
+        axes.errorbar(x, y, errors, **style, capsize=3, label=attn + " joint" * joint)
         for r in mine:
-            if r["rank"]:
-                axes.annotate(rank_of(r), (r["kv_bytes"], r[loss]), (4, 5), textcoords="offset points", fontsize=9)
-    axes.set(xscale="log", xlabel=f"KV cache, bytes per token in {rows[0]['dtype']}")
-    axes.set(ylabel=f"{'excess over the floor' if loss == 'excess' else 'loss'}, nats per token")
+            axes.annotate(r["name"], (r["kv_bytes"], r[loss]), (4, 5), textcoords="offset points", fontsize=8)
+    what = "excess over the floor" if loss == "excess" else "loss"
+    axes.set(xscale="log", xlabel=f"KV cache, bytes per token in {rows[0]['dtype']}", ylabel=f"{what}, nats per token")
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.xaxis.set_minor_formatter("{x:,.0f}")
-    axes.set_title("Loss against cache: lower left is better", fontsize=10)
+    axes.set_title("Loss against cache: lower left is better")
 
 
 def draw_speed(axes, rows):
     """A line for each name; of more than eight names, those with rank 1/2 or none."""
-    names = {}
-    for r in sorted(rows, key=lambda r: r["context"]):
-        names.setdefault(r.get("name") or name_of(r), []).append(r)
-    for name, mine in names.items():
+    names, contexts = list(dict.fromkeys(r["name"] for r in rows)), sorted({r["context"] for r in rows})
+    for name in names:
+        mine = sorted(alike(rows, dict(name=name), ("name",)), key=lambda r: r["context"])
         if len(names) <= 8 or mine[0]["rank"] in (None, 0.5):
             axes.plot([r["context"] for r in mine], [speed(r) for r in mine], **style_of(mine[0]), label=name)
-    contexts = sorted({r["context"] for r in rows})
     axes.set(xscale="log", yscale="log", xlabel="tokens attended to", ylabel="decoded tokens/s")
     axes.set_xticks(contexts, [f"{c:,}" for c in contexts])
     axes.minorticks_off()
-    axes.set_title(f"Decoding, batch {rows[0]['batch']}, {rows[0]['dtype']}, the faster way", fontsize=10)
+    axes.set_title(f"Decoding, batch {rows[0]['batch']}, {rows[0]['dtype']}, the faster way")
 
 
 def parse_arguments():
@@ -478,12 +425,7 @@ def parse_arguments():
     add("--dtype", nargs="+", choices=DTYPES, metavar="DTYPE", help=text)
     add("--device", nargs="+", help="cpu, cuda, ... (default: cuda if there is one, else cpu)")
     add("--compile", action="store_true", help="compile the decode step into a CUDA graph (default: no)")
-    add(
-        "--rounds",
-        type=int,
-        default=3,
-        help="how often to repeat everything; medians are reported (default: %(default)s)",
-    )
+    add("--rounds", type=int, default=3, help="repeat everything; medians are reported (default: %(default)s)")
     add("--train", action="store_true", help="run 20 steps of train.py too, at --size (default: no)")
     add("--judge", type=int, metavar="N", help="score N stories of each checkpoint, and its recall (default: no)")
     add("--data", default="stories", help="data for --train and --judge (default: %(default)s)")
@@ -501,8 +443,9 @@ def parse_arguments():
         raise InputError("--attn, --size, --train: for fresh models; leave them out with checkpoints")
     if args.out.exists() and not args.out.is_dir():
         raise InputError(f"--out={args.out}: must be a folder")
-    args.batch = list(dict.fromkeys(args.batch))
     args.device = args.device or ["cuda" if torch.cuda.is_available() else "cpu"]
+    for device in args.device:
+        check_device(device)
     if args.compile and not all(device.startswith("cuda") for device in args.device):
         raise InputError("--compile: for cuda only")
     return args
@@ -528,50 +471,45 @@ def choose_models(args, loaded):
 
 def main():
     args = parse_arguments()
-    for device in args.device:
-        check_device(device)
     loaded = {path: load_checkpoint(path) for path in args.checkpoints}
     models, contexts = choose_models(args, loaded)
-    dtypes = {device: args.dtype or ["bfloat16" if fast_bfloat16(device) else "float32"] for device in args.device}
-    jobs = [(device, DTYPES[dtype], *model) for device in args.device for dtype in dtypes[device] for model in models]
-    for device, dtype, _, _, config in jobs:
-        check_memory(config, max(args.batch), max(contexts), dtype, device)
+    default = {device: ["bfloat16" if fast_bfloat16(device) else "float32"] for device in args.device}
+    machines = [(device, dtype) for device in args.device for dtype in args.dtype or default[device]]
+    for (device, dtype), (_, _, config) in product(machines, models):
+        check_memory(config, max(args.batch), max(contexts), DTYPES[dtype], device)
     args.out.mkdir(parents=True, exist_ok=True)  # now: a failure later would lose the measurements
     scores = judged(loaded, args.judge, args.data, args.device[0]) if args.judge else {}
+    about = {}  # what no round changes
+    for on, (name, paths, config) in product(machines, models):
+        learnt = {path: (loaded[path][1]["val_loss"], loaded[path][1]["floor"]) for path in paths}
+        runs = [dict(val_loss=v, excess=f and v - f) | scores.get(path, {}) for path, (v, f) in learnt.items()]
+        about[on, name] = {"name": name} | (mean_of(runs) | {"paths": paths, "runs": len(runs)} if runs else {})
+        if args.train:
+            about[on, name]["train"] = train_speed(config, args.size, args.data, on[1], on[0])
     # In rounds, so that a busy minute does not slow down one variant alone
-    rows, limits = {}, {}
-    training = {}
-    if args.train:
-        for i, (device, dtype, _, _, config) in enumerate(tqdm(jobs, "train.py", leave=False, disable=None)):
-            training[i] = {"train": train_speed(config, args.size, args.data, dtype, device)}
-    for n, (i, job) in (bar := tqdm([*product(range(args.rounds), enumerate(jobs))], leave=False, disable=None)):
-        device, dtype, name, paths, config = job
-        measured, about = limits.setdefault(f"{device} {str(dtype)[6:]}", []), training.get(i, {})
+    limits, rounds = {on: [] for on in machines}, {}
+    jobs = [*product(range(args.rounds), machines, models)]
+    for n, (device, dtype), (name, paths, config) in tqdm(jobs, "measuring", leave=False, disable=None):
         if device.startswith("cuda"):
             torch.cuda.set_device(device)
-        if len(measured) == n:
-            measured.append(ceilings(device, dtype))
-        if paths:
-            model = loaded[paths[0]][0].to(device, dtype)
-            about = {"paths": paths, "name": name, "runs": len(paths)}
-            about |= mean_of([learnt(loaded[path][1]) | scores.get(path, {}) for path in paths])
-        else:
-            torch.manual_seed(0)
-            with torch.device(device):
-                model = GPT(config).to(device, dtype).eval()
+        if len(measured := limits[device, dtype]) == n:
+            measured.append(ceilings(device, DTYPES[dtype]))
+        torch.manual_seed(0)
+        with torch.device(device):
+            model = (loaded[paths[0]][0] if paths else GPT(config)).to(device, DTYPES[dtype]).eval()
         for batch, context in product(args.batch, contexts):
-            bar.set_postfix_str(f"{name} {context}")
-            row = measure(model, dtype, batch, context, device, args.compile, n == 0) | about
-            rows.setdefault((i, batch, context), []).append(row)
+            row = measure(model, DTYPES[dtype], batch, context, device, args.compile, n == 0)
+            row |= about[(device, dtype), name]
+            rounds.setdefault((device, dtype, name, batch, context), (config, []))[1].append(row)
         del model
-    report = {"command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), "machines": {}}
-    for key, found in limits.items():
-        middle = {name: float(np.median([one[name] for one in found])) for name in found[0]}
-        report["machines"][key] = middle | {"name": machine(key.split()[0])}
-    ceiling = [report["machines"][f"{device} {str(dtype)[6:]}"] for device, dtype, *_ in jobs]
-    report["rows"] = compare([summarize(of_one, jobs[i][-1], ceiling[i]) for (i, *_), of_one in rows.items()])
-    print(tables(report, args.columns))
-    print(advice(report["rows"]))
+    report = {"command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), "machines": {}, "rows": []}
+    for (device, dtype), measured in limits.items():
+        middle = {name: float(np.median([limit[name] for limit in measured])) for name in measured[0]}
+        report["machines"][f"{device} {dtype}"] = middle | {"name": machine(device)}
+    for (device, dtype, *_), (config, rows) in rounds.items():
+        report["rows"].append(summarize(rows, config, report["machines"][f"{device} {dtype}"]))
+    compare(report["rows"])
+    print(tables(report, args.columns), advice(report["rows"]), sep="\n")
     (args.out / "bench.json").write_text(json.dumps(report, indent=1, default=float))
     draw(args.out / "bench.png", report)
     print(f"wrote {args.out / 'bench.json'} and {args.out / 'bench.png'}")
