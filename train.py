@@ -473,7 +473,7 @@ class Run:
             if self.leader and not (o.resume and step == self.first_step):  # that step was reported before it was saved
                 if step in snapshots:
                     with open(self.out / "spectrum.jsonl", "a") as file:
-                        file.write(snapshot(self.model, step) + "\n")
+                        file.write(snapshot(self.model, step, vars(o)) + "\n")
                 if step % o.eval_interval == 0 or step == o.steps:
                     self.report(step)
             if any_process(bool(stop)) or step == o.steps:

@@ -117,7 +117,7 @@ def test_the_law_of_a_chain_is_that_of_its_simulation(n, others, place, seed):
     dims.insert(place, n)
     x = np.sort(squared_singular_values(product(dims, np.random.default_rng(seed)))[: min(dims)])
     cdf, steps = chain_law(tuple(dims)).cdf(x / x.mean()), np.arange(len(x) + 1) / len(x)
-    assert max(abs(cdf - steps[:-1]).max(), abs(cdf - steps[1:]).max()) < 0.02
+    assert max(abs(cdf - steps[:-1]).max(), abs(cdf - steps[1:]).max()) < 0.03  # by chance, 0.02 happens
 
 
 @pytest.mark.parametrize("dims", [(), (5,), (3, 0), (3, -1), (2.5, 3), (3, float("nan"))])
@@ -176,7 +176,7 @@ def test_small_grams_have_the_eigenvalues_of_the_full_matrix(attn, deepseek, ran
     for layer in range(2):
         for circuit, heads in full_matrices(model, layer).items():
             for level, matrices in (("heads", heads), ("layer", [sum(heads)])):
-                for mine, m in zip(found[circuit][level][layer], matrices, strict=True):
+                for mine, m in zip(found[f"{circuit} {level}"][layer], matrices, strict=True):
                     n = len(mine)
                     everything = np.linalg.eigvalsh(m @ m.T)[::-1]
                     assert n == np.linalg.matrix_rank(m)
@@ -215,7 +215,8 @@ def test_the_factors_are_what_attention_scores_with(attn, deepseek, distance):
     values = seen["w_uv" if attn in MLA else "w_v"][1][0].detach().unflatten(1, (-1, config.head_dim))
     factors, mixed = qk_factors(attention, distance), []
     for head in range(4):
-        content, *rotary = (reduce(torch.matmul, factors[c]["heads"])[head] for c in factors if c != "both")
+        parts = [name for name in ("content heads", "rotary heads") if name in factors]
+        content, *rotary = (reduce(torch.matmul, factors[name])[head] for name in parts)
         scores = x[0, 6] / size["norm_q"][0, 6] @ content @ (x[0, :6] / size["norm_k"][0, :6]).T
         if rotary:
             scores = scores + x[0, 6] / size["norm_q"][0, 6] @ rotary[0] @ x[0, :6].T
@@ -228,13 +229,11 @@ def test_the_factors_are_what_attention_scores_with(attn, deepseek, distance):
 def test_both_parts_add_up_and_a_layer_is_the_sum_of_its_heads(attn):
     config = GPTConfig(attn=attn, **SMALL | {"n_head": 4}, q_rank=0.5 if attn == "mla_decoupled" else None)
     factors = qk_factors(GPT(config).blocks[0].attn)
-    products = {c: {at: reduce(torch.matmul, f) for at, f in levels.items()} for c, levels in factors.items()}
-    for levels in products.values():
-        torch.testing.assert_close(levels["heads"].sum(0), levels["layer"][0])
+    products = {name: reduce(torch.matmul, f) for name, f in factors.items()}
+    for part in {name.split()[0] for name in products}:
+        torch.testing.assert_close(products[f"{part} heads"].sum(0), products[f"{part} layer"][0])
     if attn == "mla_decoupled":
-        torch.testing.assert_close(
-            products["both"]["heads"], products["content"]["heads"] + products["rotary"]["heads"]
-        )
+        torch.testing.assert_close(products["both heads"], products["content heads"] + products["rotary heads"])
 
 
 @given(
@@ -266,17 +265,16 @@ def test_chance_is_called_chance_by_chain_and_structure_by_mp(attn, q_rank):
         weight.data *= rng.uniform(0.1, 10)
     found = spectra(model)
     for null in NULLS:
-        for circuit, levels in laws(config, null).items():
-            for level, law in levels.items():
-                if law is None:
-                    continue
-                said = diagnose(found[circuit][level], law)
-                share = said["outlier_share"].mean()
-                assert share < 0.01 if null == "chain" else share > 0.05, (circuit, level, null, share)
-                if null == "chain":
-                    x = np.sort(found[circuit][level] / found[circuit][level].mean(-1, keepdims=True), axis=None)
-                    assert abs(law.cdf(x) - np.arange(len(x)) / len(x)).max() < 0.03, (circuit, level)
-                    assert said["effective_rank_of_null"].mean() == pytest.approx(1, abs=0.02)
+        for name, law in laws(config, null).items():
+            if law is None:
+                continue
+            said = diagnose(found[name], law)
+            share = said["outlier_share"].mean()
+            assert share < 0.01 if null == "chain" else share > 0.05, (name, null, share)
+            if null == "chain":
+                x = np.sort(found[name] / found[name].mean(-1, keepdims=True), axis=None)
+                assert abs(law.cdf(x) - np.arange(len(x)) / len(x)).max() < 0.03, name
+                assert said["effective_rank_of_null"].mean() == pytest.approx(1, abs=0.02)
 
 
 def test_at_most_one_layer_in_twenty_spikes_by_chance():
@@ -290,10 +288,9 @@ def test_at_most_one_layer_in_twenty_spikes_by_chance():
             for weight in model.blocks.parameters():
                 weight.data *= rng.uniform(0.01, 30)
             found = spectra(model)
-            for circuit, levels in laws(model.config, "chain").items():
-                for level, law in levels.items():
-                    said = spiked(diagnose(found[circuit][level], law)["p"]).tolist() if law else []
-                    calls.setdefault((head_dim, level), []).extend(said)
+            for name, law in laws(model.config, "chain").items():
+                said = spiked(diagnose(found[name], law)["p"]).tolist() if law else []
+                calls.setdefault((head_dim, name.split()[1]), []).extend(said)
     for said in calls.values():  # 160 or 180 layers: by chance 5% become 9% once in a hundred times
         assert len(said) >= 160 and np.mean(said) < 0.09
     assert np.mean(sum(calls.values(), [])) <= 0.05
@@ -326,7 +323,7 @@ def test_ranks_of_scores_are_those_of_what_attention_sees():
     model = GPT(GPTConfig(attn="mha", **SMALL)).double()
     idx = torch.randint(8, (4, 8))
     x = model.blocks[0].attn_norm(model.token_embedding(idx) + model.position_embedding.weight).flatten(0, 1).detach()
-    m = reduce(torch.matmul, qk_factors(model.blocks[0].attn)["content"]["heads"])
+    m = reduce(torch.matmul, qk_factors(model.blocks[0].attn)["content heads"])
     scores = np.linalg.svd((x @ m @ x.T).numpy(), compute_uv=False) ** 2  # (H, tokens): each token against each
     p = scores / scores.sum(-1, keepdims=True)
     expected = np.exp(-(p * np.log(np.maximum(p, 1e-300))).sum(-1))
@@ -443,14 +440,13 @@ def test_a_checkpoint_of_every_variant_gives_a_complete_report(attn, tmp_path, s
             assert word in out
     report = json.loads((tmp_path / "spectrum.json").read_text())
     for distance in (f"distance {distance}" for distance in distances):
-        for circuit, levels in laws(GPTConfig(attn=attn, **SMALL), "chain").items():
-            for level, law in levels.items():
-                rows = 2 if level == "heads" else 1
-                assert np.shape(report[distance]["spectra"][circuit][level])[:2] == (2, rows)
-                diagnosed = report[distance]["diagnostics"][circuit][level]
-                assert ("p" in diagnosed) == (law is not None)
-                for values in diagnosed.values():
-                    assert np.isfinite(np.array(values, dtype=float)).all() and np.shape(values) == (1, 1, 2, rows)
+        for name, law in laws(GPTConfig(attn=attn, **SMALL), "chain").items():
+            rows = 2 if name.endswith("heads") else 1
+            assert np.shape(report[distance]["spectra"][name])[:2] == (2, rows)
+            diagnosed = report[distance]["diagnostics"][name]
+            assert ("p" in diagnosed) == (law is not None)
+            for values in diagnosed.values():
+                assert np.isfinite(np.array(values, dtype=float)).all() and np.shape(values) == (1, 1, 2, rows)
     assert (tmp_path / "spectrum.png").stat().st_size > 10000
 
 
@@ -473,7 +469,7 @@ def test_training_leaves_snapshots_dense_at_the_start(three_runs):
     assert np.all(np.diff(steps) > 0) and np.diff(steps)[-1] > np.diff(steps)[0]
     torch.manual_seed(0)  # train's default seed: the first snapshot is of the model as it was made
     model = GPT(GPTConfig(**lines[0]["config"]))
-    np.testing.assert_allclose(lines[0]["spectra"]["content"]["heads"], spectra(model)["content"]["heads"], rtol=1e-4)
+    np.testing.assert_allclose(lines[0]["spectra"]["content heads"], spectra(model)["content heads"], rtol=1e-4)
 
 
 def test_runs_side_by_side_even_if_their_depths_differ(three_runs, script):
@@ -482,7 +478,7 @@ def test_runs_side_by_side_even_if_their_depths_differ(three_runs, script):
         assert (status, err) == (0, "") and out.count("fit   ") == 8  # 4 circuits; heads and layers
         assert (three_runs / f"dynamics_{null}.png").stat().st_size > 10000
     report = json.loads((three_runs / "dynamics.json").read_text())
-    assert [np.shape(r["diagnostics"]["content"]["heads"]["mp_gap"])[2:] for r in report] == [(1, 2), (1, 2), (3, 2)]
+    assert [np.shape(r["diagnostics"]["content heads"]["mp_gap"])[2:] for r in report] == [(1, 2), (1, 2), (3, 2)]
 
 
 def test_runs_that_differ_in_their_seed_alone_are_one_column(three_runs, tmp_path, script):
@@ -498,7 +494,7 @@ def test_runs_that_differ_in_their_seed_alone_are_one_column(three_runs, tmp_pat
     status, out, err = script(three_runs / "a", tmp_path / "d", three_runs / "b", f"--out={tmp_path}")
     assert (status, err) == (0, "") and "±" in out
     report = json.loads((tmp_path / "dynamics.json").read_text())
-    assert [np.shape(r["diagnostics"]["content"]["heads"]["mp_gap"])[0] for r in report] == [2, 1]
+    assert [np.shape(r["diagnostics"]["content heads"]["mp_gap"])[0] for r in report] == [2, 1]
 
 
 def test_what_cannot_be_analysed_is_left_out_or_refused_in_one_line(three_runs, tmp_path, script):
@@ -514,8 +510,8 @@ def test_what_cannot_be_analysed_is_left_out_or_refused_in_one_line(three_runs, 
     assert "not a checkpoint" in refused(tmp_path / "text.pt")
     (tmp_path / "short.pt").write_bytes(path.read_bytes()[:1000])
     assert "not a checkpoint" in refused(tmp_path / "short.pt")
-    assert "no spectrum.jsonl" in refused(tmp_path)
-    assert "not a run folder" in refused(path, path)
+    assert "no complete snapshot" in refused(tmp_path)
+    assert "no complete snapshot" in refused(path, path)
     assert script(path, "--out=/dev/null")[0] == 1
     assert "no such data folder" in refused(path, "--data=nowhere")
     assert "--distance" in refused(path, "--distance", 8) and "--distance" in refused(path, "--distance", -1)
@@ -523,7 +519,7 @@ def test_what_cannot_be_analysed_is_left_out_or_refused_in_one_line(three_runs, 
     assert "required" in refused()
 
     for other in (tmp_path, path):  # a folder without snapshots; a file, as `runs/*` may name
-        assert "not a run folder" in refused(three_runs / "a", other, f"--out={tmp_path}")
+        assert "no complete snapshot" in refused(three_runs / "a", other, f"--out={tmp_path}")
     torn = tmp_path / "torn"
     torn.mkdir()
     whole = (three_runs / "a" / "spectrum.jsonl").read_text()
@@ -542,9 +538,9 @@ def test_what_cannot_be_analysed_is_left_out_or_refused_in_one_line(three_runs, 
             (tmp_path / "spectrum.json").read_text(), parse_constant=pytest.fail
         )  # no NaN: it is not JSON
         assert (
-            report["distance 0"]["diagnostics"]["content"]["heads"]["mp_gap"][0][0][1][0] is None
+            report["distance 0"]["diagnostics"]["content heads"]["mp_gap"][0][0][1][0] is None
         )  # only the head that has it
-        assert report["distance 0"]["diagnostics"]["content"]["heads"]["mp_gap"][0][0][1][1] > 0
+        assert report["distance 0"]["diagnostics"]["content heads"]["mp_gap"][0][0][1][1] > 0
     assert err.count("\n") == 2
     for value in (float("inf"), 0.0, 1e38):
         with torch.no_grad():
