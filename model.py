@@ -94,9 +94,8 @@ class GPTConfig:
             only = f"left out with attn={self.attn}: it goes with {', '.join(variants)}"
             check(self.attn in variants or getattr(self, field) is getattr(GPTConfig, field), field, only)  # or unset
         self.rank = 0.5 if self.rank is None and self.attn in ALLOWED_WITH["rank"] else self.rank
-        for field in ("rank", "q_rank"):
-            ratio = 1 if getattr(self, field) is None else getattr(self, field)
-            check(0 < ratio <= 1 and round(ratio * self.n_embd) > 0, field, "in (0, 1], for a width of at least 1")
+        for field, ratio in (("rank", self.rank), ("q_rank", self.q_rank)):
+            check(ratio is None or 0 < ratio <= 1 <= round(ratio * self.n_embd), field, "in (0, 1], at least 1 wide")
         self.latent_dim = round((self.rank or 0) * self.n_embd)  # r
         self.q_dim = round((self.q_rank or 1) * self.n_embd)  # width of what queries are made from
         self.kv_heads = max(1, round(self.rank * self.n_head)) if self.attn == "gqa" else self.n_head
@@ -349,10 +348,9 @@ class GPT(nn.Module):
             cache.pos += T
         if targets is None:
             return F.linear(x[:, -1:], self.token_embedding.weight), None
-        logits = F.linear(x, self.token_embedding.weight)
-        exact, total = torch.promote_types(logits.dtype, torch.float32), 0.0
-        for row, target in zip(logits, targets, strict=True):  # row by row, for a CPU's cache: 10% of a step's time
-            total = total + F.cross_entropy(row.to(exact), target, ignore_index=-1, reduction="sum")
+        logits, loss = F.linear(x, self.token_embedding.weight), partial(F.cross_entropy, ignore_index=-1)
+        exact = torch.promote_types(logits.dtype, torch.float32)  # row by row, for a CPU's cache: 10% of a step
+        total = sum(loss(row.to(exact), t, reduction="sum") for row, t in zip(logits, targets, strict=True))
         return logits, total / (targets >= 0).sum()
 
     def hidden(self, idx, positions, cache=None):

@@ -259,7 +259,7 @@ to_json = partial(json.dumps, default=lambda array: number(array).tolist())
 
 
 def snapshot(model, step, options):
-    """A line of spectrum.jsonl. options: the run's, as a dict."""
+    """A line of spectrum.jsonl. options: what the run was made with, and how it was seeded."""
     return to_json({"step": step, "config": asdict(model.config), "options": options, "spectra": spectra(model)})
 
 
@@ -271,8 +271,8 @@ def read_run(folder):
         try:
             entry = json.loads(line)
             values = {name: np.array(x, float) for name, x in entry["spectra"].items()}
-            same = {k: v for k, v in entry["options"].items() if k not in ("seed", "out", "resume", "device")}
-            snapshots[int(entry["step"])] = (str(same), GPTConfig(**entry["config"])), values
+            same = str(entry["options"] | {"seed": 0})
+            snapshots[int(entry["step"])] = (same, GPTConfig(**entry["config"])), values
         except (ValueError, TypeError, KeyError, AttributeError):
             print(f"{path}: line {number} is damaged; skipped", file=sys.stderr)
     if not snapshots:
@@ -387,7 +387,8 @@ def draw_dynamics(path, columns, title):
 
 def show(title, config, steps, found, null):
     """Print answers about the spectra() (R, S, L, H, n) of R seeds, S snapshots -> {name: diagnostics}"""
-    print(f"{title}: {config.attn}, {config.n_layer} layers of {config.n_head} heads, step {steps[-1]}")
+    many = f"{len(steps)} snapshots, the last of " if len(steps) > 1 else ""
+    print(f"{title}: {config.attn}, {config.n_layer} layers of {config.n_head} heads, {many}step {steps[-1]}")
     diagnosed = {}
     for name, law in laws(config, null).items():
         diagnosed[name], (part, level) = diagnose(found[name], law), name.split()

@@ -13,7 +13,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from argparse import SUPPRESS, BooleanOptionalAction, Namespace
@@ -21,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from subprocess import getoutput
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ from model import ATTN, FORMAT, GPT, LEARNED, MLA, SIZES, GPTConfig, load_checkp
 from spectrum import second_moments, snapshot
 
 BUDGETS = {  # a training budget for each size. Only tiny has been run
-    "tiny": dict(batch_size=8, grad_accum=2, steps=1300, lr=dict(muon=12e-3, adamw=4e-3)),
+    "tiny": dict(batch_size=8, grad_accum=2, steps=1400, lr=dict(muon=12e-3, adamw=4e-3)),
     "30m": dict(batch_size=16, grad_accum=4, steps=5000, lr=dict(muon=4e-3, adamw=1e-3)),
     "124m": dict(batch_size=16, grad_accum=4, steps=10000, lr=dict(muon=3e-3, adamw=6e-4)),
     "200m": dict(batch_size=16, grad_accum=4, steps=10000, lr=dict(muon=2e-3, adamw=5e-4)),
@@ -115,8 +115,6 @@ def read_start(given):
     """Load the checkpoint for --resume or --init_from. Return it, or None, and the flags with those that it fixes."""
     if given.get("resume"):
         start = load_checkpoint(Path(given.get("out", "out")) / "last.pt")[1]
-        if "optimizers" not in start:
-            raise InputError("--resume: last.pt has weights but no optimizer state; use --init_from")
         saved, changeable = start["options"] | {"out": "out"}, {"resume", "out", "data", "device", "compile"}
     elif given.get("init_from"):
         start = load_checkpoint(given["init_from"])[1]
@@ -125,9 +123,9 @@ def read_start(given):
         changeable = {"attn", "rank", "joint"} | (set() if saved["attn"] in LEARNED else {"block_size"})
     else:
         return None, given
-    for name, value in given.items():
-        if name in saved and name not in changeable and value != saved[name]:
-            raise InputError(f"--{name}={value}: the checkpoint has {saved[name]}; leave that flag out")
+    for name in (given.keys() & saved.keys()) - changeable:
+        if given[name] != saved[name]:
+            raise InputError(f"--{name}={given[name]}: the checkpoint has {saved[name]}; leave that flag out")
     new = saved | given
     max_rank = (saved["rank"] or 1) * (2 if new["joint"] and not saved["joint"] else 1)
     possible = new["attn"] == CONVERTS.get(saved["attn"]) and (new["rank"] or 0) <= max_rank
@@ -143,10 +141,7 @@ def set_up_device(o):
     processes, device = int(os.environ.get("WORLD_SIZE", 1)), o.device
     if o.batch_size % processes:
         raise InputError(f"--batch_size={o.batch_size}: must be a multiple of the {processes} processes")
-    if processes > 1 and ":" in device:
-        raise InputError(f"--device={device}: leave out the index; torchrun gives each process its own")
-    if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device
     check_device(device)
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
@@ -158,11 +153,10 @@ def set_up_device(o):
 
 def any_process(flag):
     """True if any process passes True. Waits for the other processes, but not for work queued on their GPUs."""
-    if not dist.is_initialized():
-        return flag
     count = torch.tensor(float(flag))
     try:
-        dist.all_reduce(count)
+        if dist.is_initialized():
+            dist.all_reduce(count)
     except RuntimeError as error:
         raise OSError("another process failed, see its message") from error
     return count.item() > 0
@@ -203,7 +197,7 @@ def convert(model, config, moments):
     moments: second_moments of `model` on training rows. gqa becomes an mla_rope of the same rank and cache, exactly:
     the latents hold its key and value heads, and W_UK and W_UV copy them to all query heads. MLA contains GQA."""
     new = GPT(config).to(model.token_embedding.weight)
-    old, weights = model.state_dict(), new.state_dict()
+    old, weights, r, d = model.state_dict(), new.state_dict(), config.latent_dim, config.n_embd
     new.load_state_dict(weights | {n: w for n, w in old.items() if n in weights and w.shape == weights[n].shape})
     for block, new_block, moment in zip(model.blocks, new.blocks, moments, strict=True):
         a, b = copy.deepcopy(block.attn).cpu().double(), new_block.attn
@@ -213,7 +207,6 @@ def convert(model, config, moments):
         else:  # each head has a copy of its group's keys and values
             heads = (w.weight.unflatten(0, (-1, config.head_dim)) for w in (a.w_k, a.w_v))
             w_k, w_v = (w.repeat_interleave(config.n_head // len(w), 0).flatten(0, 1).mT for w in heads)
-        r, d = config.latent_dim, config.n_embd
         if config.joint:
             down, up = compress(torch.cat((w_k, w_v), 1), moment, r)
             pairs = (b.w_dk, down), (b.w_uk, up[:, :d]), (b.w_uv, up[:, d:])
@@ -262,20 +255,13 @@ def write(path, checkpoint):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError if a write fails
-        raise OSError(f"{path}: cannot be written ({error}); the previous file is intact") from error
-    finally:
         temporary.unlink(missing_ok=True)
+        raise OSError(f"{path}: cannot be written ({error}); the previous file is intact") from error
 
 
-def start_folder(out, resumed_at):
-    """Make the folder of a new run; move files of an older run to out/previous-1, -2, ... When resuming, drop log lines
-    after the checkpoint's step: a killed run may have logged more than it saved."""
+def new_folder(out):
+    """Make the folder of a new run. Move files of an older run to out/previous-1, -2, ..."""
     out.mkdir(parents=True, exist_ok=True)
-    if resumed_at is not None:
-        for log in (out / "log.jsonl", out / "spectrum.jsonl"):
-            lines = log.read_text().splitlines(keepends=True)
-            log.write_text("".join(x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= resumed_at))
-        return
     names = ("ckpt.pt", "last.pt", "log.jsonl", "spectrum.jsonl", "train.png")
     if files := [out / name for name in names if (out / name).exists()]:
         previous = next(path for i in itertools.count(1) if not (path := out / f"previous-{i}").exists())
@@ -284,11 +270,10 @@ def start_folder(out, resumed_at):
             file.rename(previous / file.name)
 
 
-def draw(out):
-    """log.jsonl -> train.png: loss and val loss against tokens, and the floor, which is a perfect model's loss."""
+def draw(log, path):
+    """Plot loss and val loss against tokens, and the floor, which is a perfect model's loss."""
     from matplotlib.figure import Figure  # here, because it takes a second to import
 
-    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     axes = Figure(figsize=(8, 5), layout="constrained").subplots()
     for name, label in (("loss", "training, mean since the last point"), ("val_loss", "validation")):
         axes.plot([e["tokens"] / 1e6 for e in log], [e[name] or math.nan for e in log], "o-", ms=3, label=label)
@@ -296,11 +281,10 @@ def draw(out):
         floor = log[0]["val_loss"] - log[0]["excess"]
         axes.axhline(floor, color="k", linewidth=1, label=f"floor, {floor:.3f}")
     axes.set(xlabel="million tokens", ylabel="loss, nats per token", yscale="log")
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.yaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
-    axes.figure.savefig(out / "train.png", dpi=130)
+    axes.figure.savefig(path, dpi=130)
 
 
 class Run:
@@ -347,12 +331,13 @@ class Run:
                 self.model = convert(source, config, second_moments(source, idx))
         self.optimizers = make_optimizers(self.model, o)
         self.first_step, self.best_val_loss, self.losses, self.norm = 0, math.inf, [], None
+        self.lines = {"log": [], "spectrum": []}  # of log.jsonl and spectrum.jsonl
         if o.resume:
             self.model.load_state_dict(start["model"])
             for optimizer, state in zip(self.optimizers, start["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
             self.scaler.load_state_dict(start["scaler"])
-            self.first_step, self.best_val_loss = start["step"], start["best"]
+            self.first_step, self.best_val_loss, self.lines = start["step"], start["best"], start["lines"]
             self.losses = list(torch.tensor(start["losses"], device=self.device))
         self.ddp = DistributedDataParallel(self.model) if self.processes > 1 else None
         self.net = torch.compile(self.ddp or self.model, disable=not o.compile)
@@ -376,17 +361,10 @@ class Run:
         self.model.train()
         torch.manual_seed(o.seed + step * self.processes + self.process)  # dropout
         starts = np.random.default_rng((o.seed, step)).choice(self.starts, (o.grad_accum, o.batch_size))
-        starts = starts[:, self.process :: self.processes]
-        if self.ddp:
-            with self.ddp.no_sync():  # DDP averages gradients only after the last batch
-                losses = [self.backward(rows) for rows in starts[:-1]]
-            losses.append(self.backward(starts[-1]))
-        else:
-            losses = [*self.map(self.backward, starts)]
-        total = sum(losses)
+        total = sum(self.map(self.backward, starts[:, self.process :: self.processes]))
         if self.ddp:
             dist.all_reduce(total)
-            total /= self.processes
+        self.losses.append(total / self.processes)
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
             for group in optimizer.param_groups:
@@ -398,7 +376,6 @@ class Run:
                 optimizer.step()
             optimizer.zero_grad()
         self.scaler.update()
-        self.losses.append(total)
 
     @torch.no_grad()
     def evaluate(self, model, batches=None):
@@ -411,29 +388,32 @@ class Run:
             with self.autocast():
                 loss = model(*batch(self.val_tokens, starts, lengths, self.device))[1]
             total, count = total + loss * int(lengths.sum()), count + int(lengths.sum())
-        if not self.meta["val_nats"]:
-            return float(total) / count, None
-        nats = np.cumsum([0.0, *self.meta["val_nats"]])  # information up to the end of each story
-        return float(total) / count, float(np.interp(count, self.val_ends, nats)) / count
+        nats = np.cumsum([0.0, *(self.meta["val_nats"] or [])])  # information up to the end of each story
+        floor = float(np.interp(count, self.val_ends, nats)) / count if self.meta["val_nats"] else None
+        return float(total) / count, floor
 
     def save(self, step, val_loss=None, floor=None):
-        """Write last.pt; and if val_loss is given and the best so far, ckpt.pt."""
-        git = "git describe --always --dirty --abbrev=40 --exclude=*"  # by a shell, so that a missing git is no error
-        made = subprocess.run(git, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+        """Write last.pt and the logs; and if val_loss is given and the best so far, ckpt.pt."""
+        revision = f'git -C "{Path(__file__).parent}" describe --always --dirty --abbrev=40 --exclude="*" 2>/dev/null'
         checkpoint = dict(format=FORMAT, config=asdict(self.config), model=self.model.state_dict(), step=step)
         checkpoint |= dict(val_loss=val_loss, floor=floor, meta=self.facts, options=vars(self.options))
-        checkpoint |= dict(made_by={"revision": made, "torch": str(torch.__version__)})
+        checkpoint |= dict(made_by={"revision": getoutput(revision), "torch": str(torch.__version__)})
         if val_loss is not None and val_loss < self.best_val_loss:
             self.best_val_loss = val_loss
             write(self.out / "ckpt.pt", checkpoint)
-        state = dict(best=self.best_val_loss, losses=[float(loss) for loss in self.losses])
+        state = dict(best=self.best_val_loss, losses=[float(loss) for loss in self.losses], lines=self.lines)
         state |= dict(optimizers=[x.state_dict() for x in self.optimizers], scaler=self.scaler.state_dict())
         write(self.out / "last.pt", checkpoint | state)
+        self.write_logs()
 
-    def check_finite(self, step, losses):
-        if not math.isfinite(total := float(sum(losses))):
+    def write_logs(self):
+        for name, lines in self.lines.items():
+            (self.out / f"{name}.jsonl").write_text("".join(line + "\n" for line in lines))
+
+    def check_finite(self, step, loss):
+        if not math.isfinite(loss):
             kept = f"the checkpoints in {self.out} are from before that. Try an --lr below {self.options.lr}"
-            raise FloatingPointError(f"by step {step} the loss is {total}; {kept}")
+            raise FloatingPointError(f"by step {step} the loss is {loss}; {kept}")
 
     def report(self, step):
         """Evaluate, print a line, log it, and save."""
@@ -441,7 +421,7 @@ class Run:
         losses = [float(loss) for loss in self.losses]  # waits for the device
         seconds, steps_timed = time.perf_counter() - self.clock[0], step - self.clock[1]
         val_loss, floor = self.evaluate(self.model, o.eval_steps)
-        self.check_finite(step, [*losses, val_loss])
+        self.check_finite(step, sum(losses) + val_loss)
         loss = sum(losses) / len(losses) if losses else None
         over = val_loss - floor if floor else val_loss * self.bits_per_byte
         rate = steps_timed * tokens / seconds if steps_timed else None
@@ -450,10 +430,9 @@ class Run:
         cells = (loss, ".4f"), (val_loss, ".4f"), (over, ".4f"), (rate, ",.0f"), (mfu, ".0%"), (left, ".1f")
         print(f"{step:6}", *(f"{'-' if x is None else format(x, style):>9}" for x, style in cells), flush=True)
         entry = dict(step=step, tokens=step * tokens, loss=loss, val_loss=val_loss, tokens_per_second=rate)
-        norm = None if self.norm is None else float(self.norm)
-        entry |= {"excess" if floor else "bits_per_byte": over, "gradient_norm": norm}
-        with open(self.out / "log.jsonl", "a") as log:
-            log.write(json.dumps(entry) + "\n")
+        entry["excess" if floor else "bits_per_byte"] = over
+        entry["gradient_norm"] = None if self.norm is None else float(self.norm)
+        self.lines["log"].append(json.dumps(entry))
         self.losses = []
         self.save(step, val_loss, floor)
         self.clock = time.perf_counter(), step
@@ -463,17 +442,17 @@ class Run:
         Returns the exit status: None if done, 130 if stopped."""
         o, stop, self.clock = self.options, [], (time.perf_counter(), self.first_step)
         if self.leader:
-            start_folder(self.out, self.first_step if o.resume else None)
+            self.write_logs() if o.resume else new_folder(self.out)
             print(f"{o.attn}, {sum(p.numel() for p in self.model.parameters()):,} parameters; {self.device}, {o.dtype}")
             over = "excess" if self.meta["val_nats"] else "bits/byte"
             print("  step", *(f"{word:>9}" for word in ("loss", "val loss", over, "tokens/s", "MFU", "min left")))
+        recipe = {name: value for name, value in vars(o).items() if name not in ("out", "resume", "device", "compile")}
         handlers = {s: signal.signal(s, lambda s, _: stop.append(s)) for s in (signal.SIGINT, signal.SIGTERM)}
         snapshots = {round(o.steps * (i / 20) ** 2) for i in range(21)}  # dense at the start, where spectra change most
         for step in range(self.first_step, o.steps + 1):
             if self.leader and not (o.resume and step == self.first_step):  # that step was reported before it was saved
                 if step in snapshots:
-                    with open(self.out / "spectrum.jsonl", "a") as file:
-                        file.write(snapshot(self.model, step, vars(o)) + "\n")
+                    self.lines["spectrum"].append(snapshot(self.model, step, recipe))
                 if step % o.eval_interval == 0 or step == o.steps:
                     self.report(step)
             if any_process(bool(stop)) or step == o.steps:
@@ -484,10 +463,10 @@ class Run:
                 self.clock = time.perf_counter(), step + 1
         if self.leader:
             if step < o.steps:
-                self.check_finite(step, [p.detach().sum() for p in self.model.parameters()])
+                self.check_finite(step, float(sum(p.detach().sum() for p in self.model.parameters())))
                 self.save(step)
                 print(f"stopped after {step} of {o.steps} steps. Continue: python train.py --resume --out={self.out}")
-            draw(self.out)
+            draw([json.loads(line) for line in self.lines["log"]], self.out / "train.png")
         any_process(False)  # a barrier: once one process exits with an error, torchrun kills the others
         if self.ddp:
             dist.destroy_process_group()
