@@ -30,8 +30,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from scipy.optimize.elementwise import find_root
-from scipy.special import entr
-from scipy.stats import pearson3
+from scipy.special import entr, gammaincc
 
 from data.common import InputError, Parser, load_data, run
 from model import GPT, LEARNED, MLA, GPTConfig, load_checkpoint
@@ -86,12 +85,12 @@ chain_law = cache(ChainLaw)
 
 
 @cache
-def largest_law(dims):
-    """The distribution of log(largest eigenvalue / median) for products of Gaussian matrices of these shapes.
+def largest_p(dims):
+    """The p-value of log(largest eigenvalue / median) as a function, for products of Gaussian matrices of these shapes.
 
-    Mean and deviation come from 500 seeded draws; the shape is Pearson III with the skewness of Tracy-Widom, the
-    limit law (Johnstone 2001). A Gaussian matrix is L Q, and Q does not change the law of what follows: so triangles L
-    are drawn; over 64 eigenvalues, smaller ones. Their largest stray further beyond the edge: that is conservative."""
+    Mean and deviation come from 500 seeded draws; the shape is a gamma law with the skewness of Tracy-Widom, the limit
+    (Johnstone 2001). A Gaussian matrix is L Q, and Q does not change the law of what follows: so triangles L are drawn;
+    over 64 eigenvalues, smaller ones. Their largest stray further beyond the edge: that is conservative."""
     rng, shrink = np.random.default_rng(0), max(1, min(dims) / 64)
     n, *others = sorted(round(size / shrink) for size in dims)
     factors, i = [np.tril(rng.standard_normal((500, n, n)), -1) for _ in others], np.arange(n)
@@ -100,7 +99,8 @@ def largest_law(dims):
     product = reduce(np.matmul, factors)
     x = np.linalg.eigvalsh(product @ product.mT)
     logs = np.log(x[:, -1] / np.median(x, -1))
-    return pearson3(0.2935, logs.mean(), logs.std(ddof=1))
+    mean, std, shape = logs.mean(), logs.std(ddof=1), 4 / 0.2935**2
+    return lambda log: gammaincc(shape, np.maximum(0, shape + (log - mean) / std * shape**0.5))
 
 
 def qk_factors(attention, distance=0):
@@ -145,8 +145,8 @@ def eigenvalues(factors):
     """The non-zero eigenvalues of M M^T, M = W_1 W_2 ... W_m, largest first: (..., n) float64, n the least dimension.
 
     factors: tensors (..., N_0, N_1), (..., N_1, N_2), ... M is split at its narrowest dimension, M = L R. With the QR
-    decompositions L = Q_1 T_1 and R^T = Q_2 T_2, they are the squared singular values of the n x n matrix T_1 T_2^T:
-    M is never formed. NaN where a factor is not finite."""
+    decomposition L = Q T, they are the eigenvalues of the n x n matrix (T R) (T R)^T: M is never formed. NaN where a
+    factor is not finite."""
     factors = [factor.detach().cpu().double() for factor in factors]
     finite = math.prod(factor.isfinite().all(-1).all(-1) for factor in factors).bool()
     factors = [factor.nan_to_num(0, 0, 0) for factor in factors]
@@ -155,9 +155,8 @@ def eigenvalues(factors):
     multiply = partial(torch.einsum, "...ij,...jk->...ik")  # unlike @, it does not copy a factor that heads share
     left = reduce(multiply, [factor.mT for factor in reversed(factors[:cut])], eye)  # L^T, (..., n, N_0)
     right = reduce(multiply, factors[cut:], eye)  # R, (..., n, N_m)
-    t_1, t_2 = (torch.linalg.qr(side.mT, mode="r").R for side in (left, right))
-    small = t_1 @ t_2.mT
-    found = torch.linalg.eigvalsh(small @ small.mT).clamp(min=0).flip(-1)  # twice as fast as svdvals
+    half = torch.linalg.qr(left.mT, mode="r").R @ right
+    found = torch.linalg.eigvalsh(half @ half.mT).clamp(min=0).flip(-1)
     return found.masked_fill(~finite.unsqueeze(-1), math.nan).numpy()
 
 
@@ -245,7 +244,7 @@ def diagnose(values, law):
     found = {"edge": edge, "ks": np.maximum(cdf - steps[:-1], steps[1:] - cdf).max(-1), "mp_gap": largest / edge}
     found |= {"outliers": outlying.sum(-1), "outlier_share": outlying.mean(-1)}
     found |= {"outlier_energy": (values * outlying).sum(-1) / total, "soft_rank": np.minimum(1, edge / largest)}
-    p = largest_law(law.dims).sf(np.log(largest / median))
+    p = largest_p(law.dims)(np.log(largest / median))
     return ranks | found | {"p": p, "effective_rank_of_null": rank / law.effective_rank}
 
 
