@@ -361,6 +361,7 @@ def draw_model(path, title, config, found, rotated, null):
 
 def draw_dynamics(path, columns, title):
     """columns: (name, steps, diagnostics (R, S, L, H)). One line per layer, the mean over heads and seeds."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     labels = {name: label for name, (_, _, label) in DIAGNOSTICS.items() if label}
@@ -370,8 +371,7 @@ def draw_dynamics(path, columns, title):
     for column, (heading, steps, diagnosed) in zip(axes.T, columns, strict=True):
         for ax, (name, label) in zip(column, labels.items(), strict=True):
             for layer, line in enumerate(lines := np.nanmean(diagnosed[name], (0, 3)).T):
-                depth = layer / max(1, len(lines) - 1)  # blue below, red above
-                ax.plot(steps, line, color=(0.9 * depth, 0.6 * depth * (1 - depth), 1 - depth), label=f"layer {layer}")
+                ax.plot(steps, line, color=colormaps["turbo"]((layer + 0.5) / len(lines)), label=f"layer {layer}")
             ax.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
             ax.set_xticks([steps[i] for i in (0, len(steps) // 4, len(steps) // 2, -1)])
             ax.set(yscale="log" if name == "mp_gap" else "linear", ylabel=label)
