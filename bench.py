@@ -5,10 +5,9 @@
     python bench.py --attn mha mla_decoupled --batch 1 8 64 --context 512 8192
     python bench.py --train                              the speed of train.py as well
 
-A decode step reads all weights and the whole cache once, and multiplies with them. The roofline is the time that this
-takes at the machine's full speed, measured in the same run, whichever of the two is slower. "expanded" makes keys and
-values from all cached latents at every step; "absorbed" attends to the latents themselves (mla_rope cannot). Tokens per
-second are summed over the batch.
+A decode step reads all weights and the whole cache once, and multiplies with them. The roofline is the speed of the
+slower of the two at the machine's peak, which is measured in the same run. "expanded" makes keys and values from all
+cached latents at every step; "absorbed" attends to the latents themselves (mla_rope cannot).
 """
 
 import ctypes
@@ -47,7 +46,7 @@ VARIANTS = (  # attn, rank, joint
 COLUMNS = {  # key of a row: heading, format, meaning
     "parameters": ("params", "{:,.1f}M", "parameters in millions, without learned positions"),
     "kv_bytes": ("KV B/tok", "{:,.0f}", "bytes of cache per token, as allocated"),
-    "cut": ("cut", "{:.0%}", "how much less that is than for mha"),
+    "cut": ("cut", "{:.0%}", "reduction relative to mha"),
     "expanded": ("expanded", "{:,.0f}", "decoded tokens/s if keys and values are made from all latents at every step"),
     "absorbed": ("absorbed", "{:,.0f}", "decoded tokens/s if queries attend to latents"),
     "spread": ("spread", "±{:.0%}", "half the range over the rounds; this and later columns are of the faster way"),
@@ -56,23 +55,23 @@ COLUMNS = {  # key of a row: heading, format, meaning
     "gb": ("GB/s", "{:.1f}", "weights and cache read"),
     "gflop": ("GFLOP/s", "{:,.0f}", "in matrix products"),
     "roofline": ("roofline", "{:.0%}", "share of the speed that the machine allows"),
-    "limit": ("limit", "{}", "what that is set by: memory or arithmetic"),
+    "limit": ("limit", "{}", "what sets that speed: memory or arithmetic"),
     "memory": ("MB", "{:,.0f}", "memory in use at the peak of a step"),
     "overhead": ("over", "{:.0%}", "temporary memory as a share of weights and cache"),
     "train": ("train", "{:,.0f}", "with --train: tokens/s of train.py"),
-    "runs": ("seeds", "{}", "runs that differ only in their seed: means ± standard errors"),
+    "runs": ("seeds", "{}", "how many runs differ only in their seed; columns are then means ± standard errors"),
     "val_loss": ("val", "{:.4f}", "validation loss, nats per token"),
     "excess": ("excess", "{:.4f}", "the part of it above the floor"),
     "loss_to_mha": ("vs mha", "{:+.1%}", "validation loss against mha's"),
     "grammar": ("grammar", "{:.1f}", "with --judge: 0 to 10, of sampled stories; ± between stories for a single run"),
     "consistency": ("consist.", "{:.1f}", "the same for consistency"),
     "copied": ("copied", "{:.0%}", "longest run of words from a training story, over the length of the sampled story"),
-    "recall": ("recall", "{:.1%}", "with --judge: words that an unseen story asks for, given two or more candidates"),
+    "recall": ("recall", "{:.1%}", "with --judge: probability of the right word where a story asks for a fact"),
     "chance": ("chance", "{:.1%}", "recall by guessing among all words of the kind"),
     "copying": ("copying", "{:.1%}", "recall by guessing among those the story has used"),
     "lost": ("forgotten", "{:.4f}", "excess at words that the story determines"),
 }
-GROUP = ("device", "dtype", "batch", "context")  # one table for each
+GROUP = ("device", "dtype", "batch", "context")  # one table per combination
 
 
 # The machine ----------------------------------------------------------------------------------------------------------
@@ -81,12 +80,13 @@ GROUP = ("device", "dtype", "batch", "context")  # one table for each
 def seconds(function, device, repeats=3):
     """Time `repeats` calls after a warm-up. On a CPU, if the first takes over half a second, return that one alone."""
     kind, times = device.split(":")[0], []
-    warmup = 4 if kind == "cuda" else 1  # torch.compile records a CUDA graph in the second call
+    warmup, calls = (1, 1) if kind == "cpu" else (4, 10)  # many calls in a row, so that launching them is hidden
     while len(times) < warmup + repeats and not (kind == "cpu" and sum(times[:1]) > 0.5):
         begin = time.perf_counter()
-        function()
+        for _ in range(calls):
+            function()
         getattr(torch, kind).synchronize()
-        times.append(time.perf_counter() - begin)
+        times.append((time.perf_counter() - begin) / calls)
     return np.array(times[-repeats:])
 
 
@@ -183,8 +183,8 @@ def check_memory(config, batch, context, dtype, device):
 
 @torch.no_grad()
 def decode(model, batch, context, absorb, device, compiled=False, memory=True):
-    """A step that decodes one token for each sequence and attends to `context` tokens, the new one included.
-    -> its seconds, bytes of the cache per token; if asked for, bytes of temporary memory of an uncompiled step"""
+    """Time a step that decodes one token per sequence, attending to `context` tokens, the new one included.
+    -> seconds, bytes of the cache per token, and if asked for, bytes of temporary memory of an uncompiled step"""
     torch._dynamo.reset()  # frees the CUDA graphs of earlier caches
     cache = model.init_cache(batch, absorb)
     cache.reserve(context)
@@ -205,8 +205,8 @@ def decode(model, batch, context, absorb, device, compiled=False, memory=True):
     return taken, cache.nbytes / (batch * cache.size), temporary
 
 
-def train_speed(config, size, data, dtype, device):
-    """Tokens/s that train.py reports for its steps 11 to 20, with its own optimizer, precision and batches."""
+def train_speed(config, size, data, device, dtype):
+    """Tokens/s that train.py reports for steps 11 to 20, with its own optimizer and batches but the given dtype."""
     flags = {"attn": config.attn, "size": size, "data": data, "dtype": dtype, "device": device}
     flags |= {"steps": 100_000, "eval_interval": 10, "eval_steps": 1} | ({"rank": config.rank} if config.rank else {})
     command = [sys.executable, Path(__file__).parent / "train.py", *(f"--{k}={v}" for k, v in flags.items())]
@@ -215,7 +215,7 @@ def train_speed(config, size, data, dtype, device):
         if line := next((line for line in process.stdout if line.split()[:1] == ["20"]), None):
             process.kill()
             return float(line.split()[4].replace(",", ""))
-    sys.exit(process.returncode)  # train.py has said why
+    raise SystemExit(2) if process.returncode == 2 else OSError(f"--train: train.py ended with {process.returncode}")
 
 
 def measure(model, dtype, batch, context, device, *options):
@@ -233,9 +233,8 @@ def measure(model, dtype, batch, context, device, *options):
 def summarize(rounds, config, ceiling):
     """Rows of the same job, one for each round -> their medians, and how close to the ceilings the faster way is."""
     row = {k: float(np.median([r[k] for r in rounds])) if isinstance(v, float) else v for k, v in rounds[0].items()}
-    if len(rounds) > 1:
-        speeds = [speed(r) for r in rounds]
-        row["spread"] = (max(speeds) - min(speeds)) / 2 / speed(row)
+    speeds = [speed(r) for r in rounds]
+    row["spread"] = (max(speeds) - min(speeds)) / 2 / speed(row) if len(rounds) > 1 else None
     size, batch, context = DTYPES[row["dtype"]].itemsize, row["batch"], row["context"]
     way = "absorbed" if speed(row) == row.get("absorbed") else "expanded"
     read, flops = decode_cost(config, row["parameters"] * 1e6, batch, context, size, way == "absorbed")
@@ -284,7 +283,7 @@ def judged(loaded, count, folder, device):
     return rows
 
 
-def seeds_apart(loaded):
+def group_by_recipe(loaded):
     """{path: (model, checkpoint)} -> lists of paths, one list for runs that differ only in their seed."""
     groups, changeable = {}, ("seed", "data", "out", "resume", "device", "compile")
     for path, (model, checkpoint) in loaded.items():
@@ -312,7 +311,9 @@ def compare(rows):
         if mha := next((r for r in same if r["attn"] == "mha"), None):
             row |= {"cut": 1 - row["kv_bytes"] / mha["kv_bytes"], "to_mha": speed(row) / speed(mha)}
             if row.get("val_loss") and mha.get("val_loss"):
-                row["loss_to_mha"] = row["val_loss"] / mha["val_loss"] - 1
+                errors = [r.get("val_loss_error", 0) / r["val_loss"] for r in (row, mha)]  # relative
+                row["loss_to_mha"] = (ratio := row["val_loss"] / mha["val_loss"]) - 1
+                row["loss_to_mha_error"] = ratio * math.hypot(*errors) if row is not mha and all(errors) else None
         if full := [r for r in alike(same, row, ("attn", "joint", "latent_norm", "q_rank")) if r["rank"] == 1]:
             row["to_full"] = speed(row) / speed(full[0])
     return rows
@@ -353,7 +354,8 @@ def tables(report, columns):
 def advice(rows):
     """The fastest and the smallest variant of the first table with the longest context, in words."""
     longest = max(rows, key=lambda row: row["context"])
-    rows, text = alike(rows, longest, GROUP), f"{longest['context']:,} tokens, batch {longest['batch']}:"
+    rows = alike(rows, longest, GROUP)
+    text = f"{longest['context']:,} tokens, batch {longest['batch']}, {longest['dtype']}:"
     for title, row in (("fastest", max(rows, key=speed)), ("smallest cache", min(rows, key=lambda r: r["kv_bytes"]))):
         to_mha = f", {row['to_mha']:.2f} times mha's speed" if row.get("to_mha") else ""
         text += (
@@ -394,8 +396,7 @@ def draw_loss(axes, rows):
             axes.annotate(r["name"], (r["kv_bytes"], r[loss]), (4, 5), textcoords="offset points", fontsize=8)
     what = "excess over the floor" if loss == "excess" else "loss"
     axes.set(xscale="log", xlabel=f"KV cache, bytes per token in {rows[0]['dtype']}", ylabel=f"{what}, nats per token")
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.xaxis.set_minor_formatter("{x:,.0f}")
+    axes.xaxis.set(major_formatter="{x:,.0f}", minor_formatter="{x:,.0f}")
     axes.set_title("Loss against cache: lower left is better")
 
 
@@ -421,11 +422,11 @@ def parse_arguments():
     add("--size", choices=SIZES, default="30m", help="shape of fresh models (default: %(default)s)")
     add("--batch", nargs="+", type=int, default=[8], help="sequences decoded at once (default: 8)")
     add("--context", nargs="+", type=int, help="tokens attended to (default: 512 and 4096; a checkpoint's context)")
-    text = f"of weights and cache: {', '.join(DTYPES)} (default: bfloat16 where it is fast, else float32)"
+    text = f"precision of weights and cache: {', '.join(DTYPES)} (default: bfloat16 where it is fast, else float32)"
     add("--dtype", nargs="+", choices=DTYPES, metavar="DTYPE", help=text)
     add("--device", nargs="+", help="cpu, cuda, ... (default: cuda if there is one, else cpu)")
     add("--compile", action="store_true", help="compile the decode step into a CUDA graph (default: no)")
-    add("--rounds", type=int, default=3, help="repeat everything; medians are reported (default: %(default)s)")
+    add("--rounds", type=int, default=3, help="rounds of decoding; medians are reported (default: %(default)s)")
     add("--train", action="store_true", help="run 20 steps of train.py too, at --size (default: no)")
     add("--judge", type=int, metavar="N", help="score N stories of each checkpoint, and its recall (default: no)")
     add("--data", default="stories", help="data for --train and --judge (default: %(default)s)")
@@ -443,7 +444,8 @@ def parse_arguments():
         raise InputError("--attn, --size, --train: for fresh models; leave them out with checkpoints")
     if args.out.exists() and not args.out.is_dir():
         raise InputError(f"--out={args.out}: must be a folder")
-    args.device = args.device or ["cuda" if torch.cuda.is_available() else "cpu"]
+    given = args.device or ["cuda" if torch.cuda.is_available() else "cpu"]
+    args.device = ["cuda:0" if device == "cuda" else device for device in given]  # set_device needs an index
     for device in args.device:
         check_device(device)
     if args.compile and not all(device.startswith("cuda") for device in args.device):
@@ -463,7 +465,7 @@ def choose_models(args, loaded):
     for path, (model, _) in loaded.items():
         if max(contexts) > (most := model.config.block_size):
             raise InputError(f"--context={max(contexts)}: {path} has a context of {most}")
-    groups = [(paths, loaded[paths[0]][0].config) for paths in seeds_apart(loaded)]
+    groups = [(paths, loaded[paths[0]][0].config) for paths in group_by_recipe(loaded)]
     names = [name_of(asdict(config)) for _, config in groups]
     unique = [name if names.count(name) == 1 else paths[0] for name, (paths, _) in zip(names, groups, strict=True)]
     return [(name, *group) for name, group in zip(unique, groups, strict=True)], contexts
@@ -480,12 +482,12 @@ def main():
     args.out.mkdir(parents=True, exist_ok=True)  # now: a failure later would lose the measurements
     scores = judged(loaded, args.judge, args.data, args.device[0]) if args.judge else {}
     about = {}  # what no round changes
-    for on, (name, paths, config) in product(machines, models):
+    for on, (name, paths, config) in tqdm([*product(machines, models)], "train.py", disable=not args.train or None):
         learnt = {path: (loaded[path][1]["val_loss"], loaded[path][1]["floor"]) for path in paths}
         runs = [dict(val_loss=v, excess=f and v - f) | scores.get(path, {}) for path, (v, f) in learnt.items()]
         about[on, name] = {"name": name} | (mean_of(runs) | {"paths": paths, "runs": len(runs)} if runs else {})
         if args.train:
-            about[on, name]["train"] = train_speed(config, args.size, args.data, on[1], on[0])
+            about[on, name]["train"] = train_speed(config, args.size, args.data, *on)
     # In rounds, so that a busy minute does not slow down one variant alone
     limits, rounds = {on: [] for on in machines}, {}
     jobs = [*product(range(args.rounds), machines, models)]
@@ -506,9 +508,8 @@ def main():
     for (device, dtype), measured in limits.items():
         middle = {name: float(np.median([limit[name] for limit in measured])) for name in measured[0]}
         report["machines"][f"{device} {dtype}"] = middle | {"name": machine(device)}
-    for (device, dtype, *_), (config, rows) in rounds.items():
-        report["rows"].append(summarize(rows, config, report["machines"][f"{device} {dtype}"]))
-    compare(report["rows"])
+    found = ((report["machines"][f"{on[0]} {on[1]}"], *rows) for on, rows in rounds.items())
+    report["rows"] = compare([summarize(rows, config, ceiling) for ceiling, config, rows in found])
     print(tables(report, args.columns), advice(report["rows"]), sep="\n")
     (args.out / "bench.json").write_text(json.dumps(report, indent=1, default=float))
     draw(args.out / "bench.png", report)

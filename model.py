@@ -296,8 +296,7 @@ class Block(nn.Module):
         self.attn_norm = nn.LayerNorm(config.n_embd, bias=False)
         self.attn = (LatentAttention if config.attn in MLA else MultiHeadAttention)(config, layer, rope)
         self.mlp_norm = nn.LayerNorm(config.n_embd, bias=False)
-        self.mlp_up = Linear(config.n_embd, 4 * config.n_embd)
-        self.mlp_down = Linear(4 * config.n_embd, config.n_embd)
+        self.mlp_up, self.mlp_down = Linear(config.n_embd, 4 * config.n_embd), Linear(4 * config.n_embd, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, positions, mask, cache):
@@ -349,8 +348,9 @@ class GPT(nn.Module):
         if targets is None:
             return F.linear(x[:, -1:], self.token_embedding.weight), None
         logits, loss = F.linear(x, self.token_embedding.weight), partial(F.cross_entropy, ignore_index=-1)
-        exact = torch.promote_types(logits.dtype, torch.float32)  # row by row, for a CPU's cache: 10% of a step
-        total = sum(loss(row.to(exact), t, reduction="sum") for row, t in zip(logits, targets, strict=True))
+        exact = torch.promote_types(logits.dtype, torch.float32)  # row by row on a CPU, for its cache: 10% of a step
+        rows = (logits, targets) if logits.is_cpu else (logits.flatten(0, 1)[None], targets.flatten()[None])
+        total = sum(loss(row.to(exact), t, reduction="sum") for row, t in zip(*rows, strict=True))
         return logits, total / (targets >= 0).sum()
 
     def hidden(self, idx, positions, cache=None):

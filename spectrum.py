@@ -7,7 +7,7 @@ Large compared with what? There are three references:
     mp      the Marchenko-Pastur law, for ONE Gaussian matrix: the usual null in the literature
     haar    the model's own factors with random rotations between them. The part of a spike that survives comes from the
             factors' singular values (magnitude); the rest came from how neighbouring factors line up (alignment), W_Q
-            with W_K, and in MLA W_UK with W_DK. It splits the factors, not M: W_Q A and W_K A^-T have the same M
+            with W_K, in MLA W_UK with W_DK. Not unique: W_Q A and W_K A^-T give the same M, but another split
 
     python spectrum.py out/ckpt.pt         one model: tables, answers in words, spectrum.json, spectrum.png
     python spectrum.py out/a out/b         learning dynamics of several runs, from their spectrum.jsonl
@@ -60,7 +60,7 @@ class ChainLaw:
         c = n / np.sort(np.array(dims, dtype=float))  # descending from 1
         angle = np.pi / 2 + (np.pi / 2 - 1e-6) * np.cos(np.linspace(0, np.pi, 4001))  # dense at both edges
         part = angle / len(c)
-        low = np.log(np.sin(part) / np.sin(angle - part))  # log rho if every c_i were 1. If all were c[-1]: - log c[-1]
+        low = np.log(np.sin(part) / np.sin(angle - part))  # the root if all c_i were 1; it is below low - log c[-1]
         bracket = low - 1e-9, low - np.log(c[-1]) + 1e-9
         outer = partial(np.multiply.outer, c)
         log_rho = find_root(lambda x, a: np.angle(1 + outer(np.exp(x + 1j * a))).sum(0) - a, bracket, args=(angle,)).x
@@ -86,11 +86,11 @@ chain_law = cache(ChainLaw)
 
 @cache
 def largest_p(dims):
-    """The p-value of log(largest eigenvalue / median) as a function, for products of Gaussian matrices of these shapes.
+    """A function from log(largest eigenvalue / median) to its p-value, for Gaussian products of these dimensions.
 
-    Mean and deviation come from 500 seeded draws; the shape is a gamma law with the skewness of Tracy-Widom, the limit
-    (Johnstone 2001). A Gaussian matrix is L Q, and Q does not change the law of what follows: so triangles L are drawn;
-    over 64 eigenvalues, smaller ones. Their largest stray further beyond the edge: that is conservative."""
+    The null: a gamma law with the skewness of Tracy-Widom (Johnstone 2001, for one matrix), fitted to 500 seeded draws.
+    A Gaussian matrix is L Q, and multiplying the next one by Q leaves its law unchanged, so we draw only triangles L.
+    Above 64 eigenvalues we draw smaller matrices: their largest eigenvalue scatters more, which is conservative."""
     rng, shrink = np.random.default_rng(0), max(1, min(dims) / 64)
     n, *others = sorted(round(size / shrink) for size in dims)
     factors, i = [np.tril(rng.standard_normal((500, n, n)), -1) for _ in others], np.arange(n)
@@ -115,16 +115,16 @@ def qk_factors(attention, distance=0):
     for down, gain in (("w_dq", "norm_q"), ("w_dk", "norm_k")):
         if gain in w:
             w[down] = w[down] * w[gain]
+    prefix, at = [w["w_dq"][None]] if "w_dq" in w else [], torch.tensor([distance])
 
     def by_head(matrix, width):  # (d, n * width) -> (n, d, width)
         return matrix.unflatten(1, (-1, width)).transpose(0, 1)
 
-    def levels(part, q, k, *suffix):  # q (H, d, w), k (K, w, r): H/K query heads share a key head; a layer sums them
+    def levels(part, q, k, *suffix):  # q (H, d, w), k (K, w, r): H/K query heads share a key; a layer sums its heads
         summed = q.unflatten(0, (len(k), -1)).sum(1).transpose(0, 1).flatten(1), k.flatten(0, 1)
         heads = [*prefix, q, k.repeat_interleave(len(q) // len(k), 0), *suffix]
         return {f"{part} heads": heads, f"{part} layer": [*prefix, *(matrix[None] for matrix in summed), *suffix]}
 
-    prefix, at = [w["w_dq"][None]] if "w_dq" in w else [], torch.tensor([distance])
     q = by_head(w["w_uq" if prefix else "w_q"], h)
     if config.attn in ("mha_rope", "gqa", "mla_rope", "mla_prerope"):
         q = attention.rope(q, at)
@@ -156,8 +156,7 @@ def eigenvalues(factors):
     left = reduce(multiply, [factor.mT for factor in reversed(factors[:cut])], eye)  # L^T, (..., n, N_0)
     right = reduce(multiply, factors[cut:], eye)  # R, (..., n, N_m)
     half = torch.linalg.qr(left.mT, mode="r").R @ right
-    found = torch.linalg.eigvalsh(half @ half.mT).clamp(min=0).flip(-1)
-    return found.masked_fill(~finite.unsqueeze(-1), math.nan).numpy()
+    return torch.linalg.eigvalsh(half @ half.mT).clamp(min=0).flip(-1).where(finite.unsqueeze(-1), math.nan).numpy()
 
 
 @cache
@@ -192,13 +191,17 @@ def spectra(model, distance=0):
 @torch.no_grad()
 def second_moments(model, idx):
     """For each layer, E[x x^T] (d, d), float64, where x is the input of its attention, averaged over idx (B, T)."""
-    inputs = []
-    hooks = [block.attn.register_forward_pre_hook(lambda _, x: inputs.append(x[0])) for block in model.blocks]
+    moments = []
+
+    def add(_, inputs):
+        x = inputs[0].flatten(0, 1).cpu().double()
+        moments.append(x.mT @ x / len(x))
+
+    hooks = [block.attn.register_forward_pre_hook(add) for block in model.blocks]
     model(idx)
     for hook in hooks:
         hook.remove()
-    rows = [x.flatten(0, 1).cpu().double() for x in inputs]
-    return [x.mT @ x / len(x) for x in rows]
+    return moments
 
 
 def logit_ranks(model, idx):
@@ -207,8 +210,8 @@ def logit_ranks(model, idx):
     ranks = []
     for block, moment in zip(model.blocks, second_moments(model, idx), strict=True):
         values, vectors = torch.linalg.eigh(moment)
-        root, factors = vectors * values.clamp(min=0).sqrt(), qk_factors(block.attn)
-        whole = factors.get("both heads", factors["content heads"])
+        root = vectors * values.clamp(min=0).sqrt()
+        *_, whole, _ = qk_factors(block.attn).values()  # the heads of the last part
         ranks.append(diagnose(eigenvalues([root.mT, *whole, root]), None)["effective_rank"])
     return np.stack(ranks)
 
@@ -228,16 +231,16 @@ def laws(config, null):
 def diagnose(values, law):
     """Eigenvalues (..., n), in any order, against a null law -> a dict of arrays (...). Without a law, ranks only.
 
-    The law is scaled to match the median, which spikes do not move. edge: l+, its upper edge, so scaled. ks: the
-    Kolmogorov-Smirnov distance. mp_gap: l_1 / l+. outliers: how many exceed l+; outlier_share: of n; outlier_energy:
-    of the sum. p: the probability of l_1 / median at least this large under the null. soft_rank: min(1, l+ / l_1).
-    stable_rank: sum / l_1. effective_rank: exp(entropy of l / sum). NaN if eigenvalues are, or their median is 0."""
+    The law is scaled to match the median, which spikes do not move; l+ is its upper edge, l_1 the largest eigenvalue.
+    edge: l+. ks: the Kolmogorov-Smirnov distance. mp_gap: l_1 / l+. outliers: the number above l+; outlier_share: their
+    share of n; outlier_energy: of the sum. p: the p-value of l_1 / median. soft_rank: min(1, l+ / l_1). effective_rank:
+    exp(entropy of l / sum). stable_rank: sum / l_1. NaN where an eigenvalue is NaN or the median is 0."""
     n, total, largest, median = values.shape[-1], values.sum(-1), values.max(-1), np.median(values, -1)
     rank = np.exp(entr(values / total[..., None]).sum(-1))
     ranks = {"effective_rank": rank, "effective_rank_share": rank / n, "stable_rank": total / largest}
     if law is None:
         return ranks
-    median = np.where(median < 1e-10 * largest, np.nan, median)  # a layer whose heads share few directions
+    median = np.where(median < 1e-10 * largest, np.nan, median)  # zero up to rounding: the heads share few directions
     edge = median / law.median * law.upper
     outlying = np.where(np.isnan(edge[..., None]), np.nan, values > edge[..., None])
     cdf, steps = law.cdf(np.sort(values) / median[..., None] * law.median), np.arange(n + 1) / n
@@ -273,7 +276,7 @@ def read_run(folder):
             same = str(entry["options"] | {"seed": 0})
             snapshots[int(entry["step"])] = (same, GPTConfig(**entry["config"])), values
         except (ValueError, TypeError, KeyError, AttributeError):
-            print(f"{path}: line {number} is damaged; skipped", file=sys.stderr)
+            print(f"{path}: line {number} is damaged or of an older version; skipped", file=sys.stderr)
     if not snapshots:
         raise InputError(f"{path}: no complete snapshot; name the --out folder of a run of train.py")
     about, found = zip(*snapshots.values(), strict=True)
@@ -324,11 +327,11 @@ def answers(steps, diagnosed):
     change, calm = rank[:, 1:] / rank[:, :-1] - 1, ~spikes[:, 1:]
     if first.any():
         when, stay = np.array(steps[1:])[first.nonzero()[1]], spikes[spikes.cumsum(1) > 0].mean()
-        lines += [f"          first at steps {when.min()} to {when.max()}; then in {stay:.0%} of the snapshots"]
+        lines += [f"          first at steps {when.min()} to {when.max()}; from then on in {stay:.0%} of the snapshots"]
         lines += [f"collapse  effective rank changes when a layer first spikes: {np.nanmean(change[first]):+.1%}, "]
         both = np.argwhere(first.any(-1) & calm.any(-1))  # seeds and snapshots with layers of both kinds
         gaps = [change[i, j][first[i, j]].mean() - change[i, j][calm[i, j]].mean() for i, j in both]
-        lines[-1] += f"{np.mean(gaps):+.1%} relative to layers without (n={len(gaps)})" if gaps else "in all at once"
+        lines[-1] += f"{np.mean(gaps):+.1%} against calm layers (n={len(gaps)})" if gaps else "in all layers left"
     share, of_null = told("effective_rank_share"), told("effective_rank_of_null")
     return [*lines, f"rank      {told('effective_rank')}: {share} of n; {of_null} of the null's"]
 
@@ -386,13 +389,12 @@ def draw_dynamics(path, columns, title):
 
 def show(title, config, steps, found, null):
     """Print answers about the spectra() (R, S, L, H, n) of R seeds, S snapshots -> {name: diagnostics}"""
-    many = f"{len(steps)} snapshots, the last of " if len(steps) > 1 else ""
-    print(f"{title}: {config.attn}, {config.n_layer} layers of {config.n_head} heads, {many}step {steps[-1]}")
+    print(f"{title}: {config.attn}, {config.n_layer} layers of {config.n_head} heads, snapshots: {len(steps)}")
     diagnosed = {}
     for name, law in laws(config, null).items():
         diagnosed[name], (part, level) = diagnose(found[name], law), name.split()
         rank = np.nanmean(diagnosed[name]["effective_rank"][:, -1])
-        lines = answers(steps, diagnosed[name]) if law else [f"rank      {rank:.1f}; no null for a sum"]
+        lines = answers(steps, diagnosed[name]) if law else [f"rank      {rank:.1f}; no null law for content + rotary"]
         print(f"\n{part}, W_Q W_K^T of each {level.removesuffix('s')}, against the {null} null:", *lines, sep="\n  ")
     return diagnosed
 
@@ -412,22 +414,21 @@ def analyse_model(path, args):
         report["logit_ranks"] = ranks = logit_ranks(model, rows)
         told = "; ".join(f"layer {layer} {x:.1f}" for layer, x in enumerate(np.nanmean(ranks, 1)))
         print(f"effective rank of M on inputs from {args.data}: {told}\n")
-    for layer, block in enumerate(model.blocks):
-        if not all(weight.isfinite().all() for weight in block.attn.parameters()):
-            print(f"{path}: layer {layer} has weights that are not finite; those heads are skipped", file=sys.stderr)
     for distance in args.distance:
         found, rotated, title = spectra(model, distance), {}, f"{path}, distance {distance}"
+        for layer in np.flatnonzero(np.isnan([*found.values()][-2]).any((1, 2))):  # of the last part's heads
+            print(f"{path}: layer {layer} has weights that are not finite; those heads are skipped", file=sys.stderr)
         diagnosed = show(title, config, [checkpoint["step"]], stack([stack([found])]), args.null)
         report[f"distance {distance}"] = {"spectra": found, "diagnostics": diagnosed, "rotated": (turned := {})}
         for name, law in laws(config, args.null).items():
             if name.endswith("heads"):
                 heads = {diagnostic: x[0, 0] for diagnostic, x in diagnosed[name].items()}
-                print(f"\n{name}, distance {distance}, their mean; a -> b: b after random rotations of the factors")
+                print(f"\n{name}, distance {distance}, mean over heads; a -> b: before and after random rotations")
                 if law:
                     rotated[name] = np.stack([haar(qk_factors(b.attn, distance)[name]) for b in model.blocks], 1)
                     turned[name] = diagnose(rotated[name], law)
                     above = np.mean(heads["mp_gap"] > turned[name]["mp_gap"].max(0))
-                    print(f"(in {above:.0%} of heads, the MP-gap is larger than after any of the rotations)")
+                    print(f"(in {above:.0%} of heads the MP-gap exceeds that of every random rotation)")
                 told = {"outlier_share", "mp_gap", "effective_rank"}
                 print(table(heads, {x: turned[name][x] for x in told if law}))
     draw_model(out / "spectrum.png", title, config, found, rotated, args.null)
@@ -445,8 +446,8 @@ def analyse_runs(paths, args):
         names, config = " ".join(str(path) for path, _, _ in runs), runs[0][1]
         diagnosed = show(names, config, steps, stack([found for _, _, found in runs]), args.null)
         title = runs[0][0].name + (f", {len(runs)} seeds" if len(runs) > 1 else "") + f"\n{config.attn}, "
-        shown = [name for name in ("content heads", "rotary heads") if name in diagnosed]
-        columns += [(title + name, steps, diagnosed[name]) for name in shown]
+        shown = diagnosed.keys() & {"content heads", "rotary heads"}
+        columns += [(title + name, steps, diagnosed[name]) for name in sorted(shown)]
         report.append(dict(runs=names, null=args.null, config=asdict(config), steps=steps, diagnostics=diagnosed))
     print("\nNulls differ between variants. To compare runs, use effective rank and its share of n.")
     out = args.out or Path(os.path.commonpath([path.absolute() for path in paths]))

@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from subprocess import getoutput
 
 import numpy as np
@@ -39,7 +40,7 @@ BUDGETS = {  # a training budget for each size. Only tiny has been run
     "124m": dict(batch_size=16, grad_accum=4, steps=10000, lr=dict(muon=3e-3, adamw=6e-4)),
     "200m": dict(batch_size=16, grad_accum=4, steps=10000, lr=dict(muon=2e-3, adamw=5e-4)),
 }
-FLAGS = {  # name: type or choices, default, help. A default of None depends on other flags; resolve() fills it in
+FLAGS = {  # name: type or choices, default, help. None: no value, or one that resolve() fills in
     "attn": (ATTN, "mha_rope", "attention variant"),
     "rank": (float, None, "latent width / n_embd; for gqa, key heads / n_head (default: 0.5 where it applies)"),
     "joint": (bool, False, "one latent for keys and values (mla, mla_rope, mla_decoupled)"),
@@ -112,9 +113,11 @@ def resolve(given):
 
 
 def read_start(given):
-    """Load the checkpoint for --resume or --init_from. Return it, or None, and the flags with those that it fixes."""
+    """Load the checkpoint for --resume or --init_from -> it, or None, and the flags with its own filled in."""
     if given.get("resume"):
         start = load_checkpoint(Path(given.get("out", "out")) / "last.pt")[1]
+        if "lines" not in start:
+            raise InputError("--resume: last.pt is of an older version or holds no run; use --init_from")
         saved, changeable = start["options"] | {"out": "out"}, {"resume", "out", "data", "device", "compile"}
     elif given.get("init_from"):
         start = load_checkpoint(given["init_from"])[1]
@@ -141,6 +144,8 @@ def set_up_device(o):
     processes, device = int(os.environ.get("WORLD_SIZE", 1)), o.device
     if o.batch_size % processes:
         raise InputError(f"--batch_size={o.batch_size}: must be a multiple of the {processes} processes")
+    if processes > 1 and ":" in device:
+        raise InputError(f"--device={device}: leave out the index; torchrun gives each process its own")
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device
     check_device(device)
     if device.startswith("cuda"):
@@ -239,7 +244,7 @@ def learning_rate(step, o):
 
 def utilization(tokens_per_second, model, device, dtype):
     """MFU: the share of a GPU's peak FLOP/s; None if the peak is unknown. A token costs 6 FLOPs per weight, and
-    12 n_layer n_embd for each token it attends to: half the context on average (Chowdhery et al. 2022, appendix B)."""
+    12 n_layer n_embd per token it attends to (Chowdhery et al. 2022, appendix B); causally that is half the context."""
     words = torch.cuda.get_device_name(device).replace("-", " ").split() if device.startswith("cuda") else []
     peak = next((peaks[dtype == "float32"] * 1e12 for gpu, peaks in PEAK_TFLOPS.items() if gpu in words), None)
     c, weights = model.config, sum(p.numel() for p in model.parameters())
@@ -255,8 +260,9 @@ def write(path, checkpoint):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError if a write fails
-        temporary.unlink(missing_ok=True)
         raise OSError(f"{path}: cannot be written ({error}); the previous file is intact") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def new_folder(out):
@@ -361,9 +367,14 @@ class Run:
         self.model.train()
         torch.manual_seed(o.seed + step * self.processes + self.process)  # dropout
         starts = np.random.default_rng((o.seed, step)).choice(self.starts, (o.grad_accum, o.batch_size))
-        total = sum(self.map(self.backward, starts[:, self.process :: self.processes]))
+        starts = starts[:, self.process :: self.processes]
         if self.ddp:
+            with self.ddp.no_sync():  # DDP averages gradients only after the last batch
+                total = sum(map(self.backward, starts[:-1]))
+            total = total + self.backward(starts[-1])
             dist.all_reduce(total)
+        else:
+            total = sum(self.map(self.backward, starts))
         self.losses.append(total / self.processes)
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
@@ -394,7 +405,8 @@ class Run:
 
     def save(self, step, val_loss=None, floor=None):
         """Write last.pt and the logs; and if val_loss is given and the best so far, ckpt.pt."""
-        revision = f'git -C "{Path(__file__).parent}" describe --always --dirty --abbrev=40 --exclude="*" 2>/dev/null'
+        folder = quote(str(Path(__file__).parent))
+        revision = f"git -C {folder} describe --always --dirty --abbrev=40 --exclude='*' 2>/dev/null"
         checkpoint = dict(format=FORMAT, config=asdict(self.config), model=self.model.state_dict(), step=step)
         checkpoint |= dict(val_loss=val_loss, floor=floor, meta=self.facts, options=vars(self.options))
         checkpoint |= dict(made_by={"revision": getoutput(revision), "torch": str(torch.__version__)})
@@ -408,7 +420,9 @@ class Run:
 
     def write_logs(self):
         for name, lines in self.lines.items():
-            (self.out / f"{name}.jsonl").write_text("".join(line + "\n" for line in lines))
+            temporary = self.out / f"{name}.tmp"
+            temporary.write_text("".join(line + "\n" for line in lines))
+            os.replace(temporary, self.out / f"{name}.jsonl")
 
     def check_finite(self, step, loss):
         if not math.isfinite(loss):
@@ -492,8 +506,8 @@ class Run:
             try:
                 found = recall(model, (self.meta, self.train_tokens, self.val_tokens))[1]
                 print("         {lost:.4f} of it at words that the story has already determined".format(**found))
-                print("recall   {recall:.1%} of the words that a story asks for".format(**found))
-                print("         by guessing {chance:.1%}; by copying any such word {copying:.1%}".format(**found))
+                print("recall   {recall:.1%}, the mean probability of the words that a story asks for".format(**found))
+                print("         {chance:.1%} by guessing, {copying:.1%} by copying any such word".format(**found))
             except InputError as error:  # stories of another version of the world, or longer than the context
                 print(f"recall   unknown: {error}")
         cached, of_mha = model.kv_bytes_per_token(torch.bfloat16), o.n_layer * 2 * o.n_embd * 2

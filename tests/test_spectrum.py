@@ -564,8 +564,8 @@ def test_spikes_are_told_in_words():
     found |= {"effective_rank_share": rank / 64, "effective_rank_of_null": rank / 50}
     text = "\n".join(spectrum.answers([0, 5, 20, 45], found))
     assert "null 0.20 ±0.00 -> 0.20 ±0.00" in text and "does not fit the null" in text
-    assert "significant in layers: 1\n" in text and "steps 5 to 5; then in 100% of the snapshots" in text
-    assert "first spikes: -20.0%, -18.0% relative to layers without (n=2)" in text
+    assert "significant in layers: 1\n" in text and "steps 5 to 5; from then on in 100% of the snapshots" in text
+    assert "first spikes: -20.0%, -18.0% against calm layers (n=2)" in text
     assert "rank      50.0 ±0.0 -> 44.5 ±0.0" in text
     text = "\n".join(spectrum.answers([0, 5, 20, 45], found | {"p": p * 0 + 0.5, "ks": p * 0 + 0.02}))
     assert "in layers: none\n" in text and "collapse" not in text and "not fit" not in text

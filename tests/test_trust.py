@@ -127,7 +127,7 @@ def test_two_processes_are_as_one_and_resume_exactly(data, tmp_path):
     assert losses(tmp_path / "whole") == losses(tmp_path / "stopped")
     flags = [*SMALL, "--steps=6", "--eval_interval=2", "--dtype=float32", "--grad_accum=2", f"--data={data}"]
     train.Run(train.parse_arguments([*flags, f"--out={tmp_path}/one"])).train()
-    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "whole"), abs=1e-3)  # rounding, amplified
+    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "whole"), abs=2e-4)  # rounding
 
 
 def test_if_one_process_dies_all_end(data, tmp_path):
