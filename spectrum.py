@@ -389,9 +389,7 @@ def draw_dynamics(path, columns, title):
 
 def show(title, config, steps, found, null):
     """Print answers about the spectra() (R, S, L, H, n) of R seeds, S snapshots -> {name: diagnostics}"""
-    print(
-        f"{title}: {config.attn}, {config.n_layer} x {config.n_head} heads, step {steps[-1]}, snapshots: {len(steps)}"
-    )
+    print(f"{title}: {config.attn}, {config.n_layer} x {config.n_head} heads, {len(steps)} snapshots, step {steps[-1]}")
     diagnosed = {}
     for name, law in laws(config, null).items():
         diagnosed[name], (part, level) = diagnose(found[name], law), name.split()

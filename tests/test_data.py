@@ -157,7 +157,7 @@ def test_a_story_that_contradicts_its_state_is_not_told():
 
 
 @given(seed=seeds, data=st.data())
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=300, deadline=None)
 def test_no_other_word_of_its_kind_can_stand_where_a_word_is_decided(seed, data):
     """Change one choice: the text may go on differently at a decided word, but never with a rival of that word."""
     story = Forger(seed, 0)

@@ -32,7 +32,7 @@ from data.prepare import prepare
 from model import load_checkpoint
 
 ROOT = Path(__file__).parent.parent
-TRIES = int(os.environ.get("TRIES", 30))
+TRIES = int(os.environ.get("TRIES", 25))
 SMALL = "--n_layer=1 --n_head=2 --n_embd=32 --block_size=64 --batch_size=4 --grad_accum=1".split()
 SMALL += ["--eval_steps=1", "--device=cpu"]
 
