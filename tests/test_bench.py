@@ -83,6 +83,15 @@ def test_temporary_memory_is_the_peak_of_a_step_alone():
         assert 190e6 < found < 230e6
 
 
+def test_a_gpu_has_an_index(monkeypatch):
+    """torch.cuda.set_device does not take "cuda"."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(bench, "check_device", lambda device: None)
+    for flags, devices in (([], ["cuda:0"]), (["--device", "cpu", "cuda", "cuda:1"], ["cpu", "cuda:0", "cuda:1"])):
+        monkeypatch.setattr("sys.argv", ["bench.py", *flags])
+        assert bench.parse_arguments().device == devices
+
+
 @pytest.mark.parametrize("size", bench.SIZES)
 def test_every_size_has_its_variants(size):
     """Some sizes cannot share key heads by eight."""
