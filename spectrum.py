@@ -155,7 +155,7 @@ def eigenvalues(factors):
     multiply = partial(torch.einsum, "...ij,...jk->...ik")  # unlike @, it does not copy a factor that heads share
     left = reduce(multiply, [factor.mT for factor in reversed(factors[:cut])], eye)  # L^T, (..., n, N_0)
     right = reduce(multiply, factors[cut:], eye)  # R, (..., n, N_m)
-    half = torch.linalg.qr(left.mT, mode="r").R @ right
+    half = torch.linalg.qr(left.mT, mode="r").R @ right if cut else right
     return torch.linalg.eigvalsh(half @ half.mT).clamp(min=0).flip(-1).where(finite.unsqueeze(-1), math.nan).numpy()
 
 
@@ -296,7 +296,7 @@ DIAGNOSTICS = {  # table heading, format, figure label
 
 
 def table(diagnosed, rotated):
-    """One row per layer: diagnostics (L, H) averaged over heads, -> those of rotated factors (draws, L, H)."""
+    """One row per layer: diagnostics (L, H or 1), heads averaged -> those of rotated factors (draws, L, H or 1)."""
     shown = {name: row for name, row in DIAGNOSTICS.items() if name in diagnosed}
     lines = [" ".join(["layer", *(heading.rjust(14) for heading, _, _ in shown.values())])]
     for layer in range(len(diagnosed["effective_rank"])):
@@ -421,17 +421,17 @@ def analyse_model(path, args):
         diagnosed = show(title, config, [checkpoint["step"]], stack([stack([found])]), args.null)
         report[f"distance {distance}"] = {"spectra": found, "diagnostics": diagnosed, "rotated": (turned := {})}
         for name, law in laws(config, args.null).items():
-            if name.endswith("heads"):
-                heads = {diagnostic: x[0, 0] for diagnostic, x in diagnosed[name].items()}
-                print(f"\n{name}, distance {distance}, mean over heads; a -> b: before and after random rotations")
-                if law:
-                    rotated[name] = np.stack([haar(qk_factors(b.attn, distance)[name]) for b in model.blocks], 1)
-                    turned[name] = diagnose(rotated[name], law)
-                    above = np.mean(heads["mp_gap"] > turned[name]["mp_gap"].max(0))
-                    print(f"(in {above:.0%} of heads the MP-gap exceeds that of every random rotation)")
-                told = {"outlier_share", "mp_gap", "effective_rank"}
-                print(table(heads, {x: turned[name][x] for x in told if law}))
-    draw_model(out / "spectrum.png", title, config, found, rotated, args.null)
+            before = {diagnostic: x[0, 0] for diagnostic, x in diagnosed[name].items()}
+            print(f"\n{name}, distance {distance}{', mean over heads' * name.endswith('heads')}")
+            if law:
+                draws = 20 if name.endswith("heads") else 4  # whole layers scatter less, and take longer
+                rotated[name] = np.stack([haar(qk_factors(b.attn, distance)[name], draws) for b in model.blocks], 1)
+                turned[name] = diagnose(rotated[name], law)
+                above = np.mean(before["mp_gap"] > turned[name]["mp_gap"].max(0))
+                print(f"a -> b: before and after random rotations. {above:.0%} have an MP-gap above all {draws} draws'")
+            print(table(before, {x: turned[name][x] for x in ("outlier_share", "mp_gap", "effective_rank") if law}))
+    heads = {name: x for name, x in rotated.items() if name.endswith("heads")}
+    draw_model(out / "spectrum.png", title, config, found, heads, args.null)
     (out / "spectrum.json").write_text(to_json(report))
     print(f"wrote {out / 'spectrum.json'} and {out / 'spectrum.png'}")
 

@@ -445,6 +445,8 @@ def test_a_checkpoint_of_every_variant_gives_a_complete_report(attn, tmp_path, s
             assert np.shape(report[distance]["spectra"][name])[:2] == (2, rows)
             diagnosed = report[distance]["diagnostics"][name]
             assert ("p" in diagnosed) == (law is not None)
+            if law:  # whole layers get fewer random rotations
+                assert np.shape(report[distance]["rotated"][name]["mp_gap"]) == (20 if rows == 2 else 4, 2, rows)
             for values in diagnosed.values():
                 assert np.isfinite(np.array(values, dtype=float)).all() and np.shape(values) == (1, 1, 2, rows)
     assert (tmp_path / "spectrum.png").stat().st_size > 10000
