@@ -1,20 +1,20 @@
 #!/bin/bash
-# The study of README.md: trains everything into study/SCALE, then makes its tables and figures there.
+# The study of assets/study.md: trains every model into study/SCALE, then makes the tables and figures there.
 #
-#     bash assets/study.sh cpu     about 100 minutes on 2 cores
-#     bash assets/study.sh gpu     on one H100-class GPU
+#     bash assets/study.sh cpu     about 10 hours on 2 cores
+#     bash assets/study.sh gpu     on one H100-class GPU; not run yet
 #
-# Stopped, it goes on where it was. Flags of train.py may follow, to try it: bash assets/study.sh cpu --steps=20
+# Stopped, it continues where it was. Flags of train.py may follow, to try it: bash assets/study.sh cpu --steps=20
 set -euo pipefail
 cd "$(dirname "$0")/.."
 scale=${1-}
 case $scale in
-cpu) flags="--size=tiny --n_embd=256 --n_head=4 --optimizer=adamw --batch_size=4 --steps=1000 --lr=0.003" rates="0.00075 0.0015 0.006" jobs=$(nproc) ;;
-gpu) flags="--size=30m --optimizer=adamw --batch_size=64 --steps=800 --lr=0.001" rates="0.0005 0.002" jobs=1 ;;
+cpu) flags="--size=tiny --n_head=4 --steps=4000" lr=0.012 adamw=0.004 fine="--steps=200 --lr=0.002" jobs=$(nproc) ;;
+gpu) flags="--size=30m --steps=1000" lr=0.004 adamw=0.001 fine="--steps=50 --lr=0.001" jobs=1 ;;
 *) echo "study.sh: '$scale': must be cpu or gpu" >&2 && exit 2 ;;
 esac
 export out=study/$scale flags="$flags ${*:2}"
-mkdir -p $out/rates
+mkdir -p $out
 exec 9>$out/lock
 flock -n 9 || { echo "study.sh: another one is at work in $out" >&2 && exit 1; }
 [ ! -e $out/flags ] || [ "$(<$out/flags)" = "$flags" ] || {
@@ -22,23 +22,34 @@ flock -n 9 || { echo "study.sh: another one is at work in $out" >&2 && exit 1; }
 }
 echo "$flags" >$out/flags
 
-runs() {
-    for seed in 0 1 2; do
-        for attn in mha mha_rope mla mla_rope mla_decoupled; do echo "--attn=$attn --seed=$seed"; done
-        # what stood out with one seed
-        printf '%s\n' "--attn=mla --rank=1 --seed=$seed" "--attn=mla_decoupled --rank=0.25 --seed=$seed"
-        [ $seed = 0 ] || continue
-        printf '%s\n' "--attn=gqa" "--attn=mla_prerope" "--attn=mla_decoupled --joint"
-        printf '%s\n' "--attn=mla_rope --rank="{1,0.25,0.125} "--attn=mla_decoupled --rank="{1,0.125}
-    done
-    for attn in mha mha_rope mla_rope; do # is the learning rate right for all?
-        for lr in $rates; do echo "--attn=$attn --lr=$lr"; done
+runs() { # in order of importance: whoever stops early has fewer rows, but all three seeds of each
+    while read -r row; do printf "%s\n" "$row --seed="{0,1,2}; done <<-END
+	--attn=mha_rope --lr=$lr
+	--attn=mha --lr=$lr
+	--attn=mla_rope --lr=$lr
+	--attn=mla_decoupled --lr=$lr
+	--attn=mla_rope --rank=0.125 --lr=$lr
+	--attn=mla --lr=$lr
+	--attn=gqa --lr=$lr
+	--attn=mla_prerope --lr=$lr
+	--attn=mha_rope --optimizer=adamw --lr=$adamw
+	--attn=mla_prerope --optimizer=adamw --lr=$adamw
+	--attn=mla_decoupled --optimizer=adamw --lr=$adamw
+	--attn=mla_decoupled --joint --rank=0.25 --lr=$lr
+	END
+}
+conversions() { # two trained models at lower ranks, before and after a short training
+    for from in mha_rope mha; do
+        for rank in 1 0.75 0.5 0.25 0.125; do
+            for joint in "" " --joint"; do
+                row="--attn=${from/mha/mla} --rank=$rank$joint --init_from=$out/$from-lr=$lr-seed=0/ckpt.pt"
+                printf "%s\n" "$row --steps=0" "$row $fine"
+            done
+        done
     done
 }
-run() { # its own flags are its name, too
-    local folder=$out
-    [[ $* != *--lr* ]] || folder=$out/rates
-    folder=$folder/$(sed 's/--attn=//; s/ --/-/g' <<<"$*")
+run() { # the flags are the run's name, too
+    local folder=$out/$(sed 's/--init_from=[^ ]*/--converted/; s/--optimizer=//; s/--attn=//; s/ --/-/g' <<<"$*")
     mkdir -p "$folder"
     if ! grep -qs "^next:" "$folder/printed"; then
         echo "$(date +%H:%M) $folder"
@@ -49,13 +60,13 @@ export -f run
 [ -e data/stories/meta.json ] || python data/prepare.py
 # Runs of one thread each, side by side, train more than one run of all threads. A GPU needs one, and its threads.
 [ $scale = gpu ] || export OMP_NUM_THREADS=1
-runs | xargs -P "$jobs" -I{} bash -c "run {}"
+for list in runs conversions; do # conversions need the trained models
+    $list | xargs -P "$jobs" -I{} bash -c "run {}"
+done
 unset OMP_NUM_THREADS
 
-python bench.py $out/*/ckpt.pt --judge=50 --out=$out
-python bench.py $out/{mha,mha_rope,mla_rope}-seed=0/ckpt.pt $out/rates/*/ckpt.pt \
-    --rounds=1 --columns val_loss excess loss_to_mha --out=$out/rates
-for null in chain mp; do
-    python spectrum.py $out/{mha_rope-seed=0,mla_prerope,mla_decoupled-seed=0} --null=$null --out=$out |
-        tee $out/spectrum_$null.txt
+python assets/study.py $out
+for optimizer in "" -adamw; do
+    python spectrum.py $out/{mha_rope,mla_prerope,mla_decoupled}$optimizer-lr=*-seed=* --out=$out/spectra$optimizer |
+        tee $out/spectra$optimizer.txt
 done

@@ -1,0 +1,159 @@
+"""Score the runs of assets/study.sh, print the tables of assets/study.md, and draw its figures.
+
+    python assets/study.py study/cpu
+
+Reads and writes in that folder: scores.json beside each checkpoint (made once), study.json, tables.md and the figures.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from bench import COLOURS, cells, draw_loss, judged, mean_of, name_of
+from data.common import load_data
+from data.judge import recall
+from model import load_checkpoint
+from spectrum import NULLS, diagnose, haar, laws, qk_factors, spectra, spiked
+
+DISTANCES = (0, 16, 32, 64, 128)  # tokens since a word was last mentioned: from each to the next
+STORIES = 50  # to judge, of each model
+LEARNT = ("runs", "kv_bytes", "val_loss", "excess", "loss_to_mha", "lost", "recall", "grammar", "consistency", "copied")
+SPECTRA = {"effective rank": ".1f", "share of n": ".0%", "spiked": ".0%", "beyond chain": ".0%", "beyond mp": ".0%"}
+SPECTRA |= {"MP-gap": ".3g", "MP-gap rotated": ".3g"}
+RECIPE = ("attn", "rank", "joint", "latent_norm", "q_rank", "optimizer", "lr", "steps", "source")
+
+
+def score(folder):
+    """A finished run -> {name: number or list}: what it has learnt, and its spectra (lists: one number a layer)."""
+    if (file := folder / "scores.json").exists():
+        return json.loads(file.read_text())
+    model, checkpoint = load_checkpoint(folder / "ckpt.pt")
+    config, options, data = model.config, checkpoint["options"], load_data("stories")
+    words, numbers = recall(model, data)
+    found = {name: options[name] for name in ("seed", "optimizer", "lr", "steps")} | {"run": str(folder)}
+    found |= {name: getattr(config, name) for name in ("attn", "rank", "joint", "latent_norm", "q_rank")}
+    found |= {"source": options["init_from"], "kv_bytes": model.kv_bytes_per_token(torch.bfloat16)} | numbers
+    found |= {"val_loss": checkpoint["val_loss"], "excess": checkpoint["val_loss"] - checkpoint["floor"]}
+    scores = judged({folder: (model, checkpoint)}, STORIES, "stories", "cpu")[folder]
+    found |= {name: scores[name] for name in ("grammar", "consistency", "copied")}
+    far = np.digitize(words["distance"], DISTANCES[1:])
+    for name in ("p", "copying", "chance"):
+        found[f"{name} by distance"] = [words[name][words["asked"] & (far == i)].mean() for i in range(len(DISTANCES))]
+    for part, values in spectra(model).items():
+        chain, mp = (laws(config, null)[part] for null in NULLS)
+        diagnosed = diagnose(values, chain)
+        found[f"{part}: effective rank"] = diagnosed["effective_rank"].mean(1)
+        found[f"{part}: share of n"] = diagnosed["effective_rank_share"].mean(1)
+        if chain:
+            turned = [haar(qk_factors(block.attn)[part], 20) for block in model.blocks]
+            found[f"{part}: spiked"] = spiked(diagnosed["p"]).astype(float)
+            found[f"{part}: beyond chain"] = diagnosed["outlier_share"].mean(1)
+            found[f"{part}: beyond mp"] = diagnose(values, mp)["outlier_share"].mean(1)
+            found[f"{part}: MP-gap"] = diagnosed["mp_gap"].mean(1)
+            found[f"{part}: MP-gap rotated"] = diagnose(np.stack(turned, 1), chain)["mp_gap"].mean((0, 2))
+    file.write_text(json.dumps(found, default=lambda array: np.asarray(array).tolist()))
+    return found
+
+
+def group(runs):
+    """Runs -> rows: means and standard errors of the runs that differ only in their seed."""
+    groups = {}
+    for run in runs:
+        groups.setdefault(tuple(run[name] for name in RECIPE), []).append(run)
+    rows = []
+    for recipe, members in groups.items():
+        numbers = [{k: v for k, v in run.items() if isinstance(v, float | int) and k not in RECIPE} for run in members]
+        lists = {k: np.mean([run[k] for run in members], 0) for k, v in members[0].items() if isinstance(v, list)}
+        row = dict(zip(RECIPE, recipe, strict=True)) | mean_of(numbers) | lists
+        row |= {"runs": len(members), "name": name_of(row) + " adamw" * (row["optimizer"] == "adamw")}
+        rows.append(row | {"seeds": [run["seed"] for run in members], "each": [run["excess"] for run in members]})
+    return rows
+
+
+def markdown(lines):
+    first, *rest = lines
+    return "\n".join("| " + " | ".join(line) + " |" for line in [first, ["---"] * len(first), *rest]) + "\n"
+
+
+def spectra_table(rows):
+    """The spectra of each row, a line for each part and level; means over layers, heads and seeds."""
+    lines = [["attn", "part", *SPECTRA]]
+    for row in rows:
+        for part in sorted({name.split(":")[0] for name in row if ": " in name}):
+            found = [row.get(f"{part}: {name}") for name in SPECTRA]
+            told = (
+                "" if x is None else format(np.mean(x), style) for x, style in zip(found, SPECTRA.values(), strict=True)
+            )
+            lines.append([row["name"], part, *told])
+    return markdown(lines)
+
+
+def draw_recall(path, rows):
+    """Recall against distance, with what copying and guessing give."""
+    axes = Figure(figsize=(9, 4.5), layout="constrained").subplots()
+    labels = [f"{a}-{b - 1}" for a, b in zip(DISTANCES, DISTANCES[1:], strict=False)] + [f"{DISTANCES[-1]}+"]
+    for row in rows:
+        dashes = ":" if row["optimizer"] == "adamw" else "--" if row["joint"] else "-"
+        axes.plot(labels, row["p by distance"], "o", color=COLOURS[row["attn"]], ls=dashes, ms=4, label=row["name"])
+    for name, style in (("copying", "k--"), ("chance", "k:")):
+        axes.plot(labels, rows[0][f"{name} by distance"], style, linewidth=1, label=name)
+    axes.set(xlabel="tokens since the word was last mentioned", ylabel="recall", ylim=(0, 1))
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes.figure.savefig(path, dpi=120)
+
+
+def draw_conversions(path, rows, converted):
+    """Excess against rank: converted, after a short training, and trained from scratch; a panel for each source."""
+    sources = sorted({row["source"] for row in converted}, reverse=True)
+    panels = Figure(figsize=(9, 3.8), layout="constrained").subplots(1, len(sources), squeeze=False, sharey=True)[0]
+    for axes, source in zip(panels, sources, strict=True):
+        mine = [row for row in converted if row["source"] == source]
+        for joint, steps in sorted({(row["joint"], row["steps"]) for row in mine}):
+            line = [(r["rank"], r["excess"]) for r in mine if (r["joint"], r["steps"]) == (joint, steps)]
+            label = ("joint, " if joint else "separate, ") + (f"{steps} more steps" if steps else "converted")
+            axes.plot(*zip(*sorted(line), strict=True), "s" if joint else "o", ls="-" if steps else "--", label=label)
+        scratch = [r for r in rows if r["attn"] == mine[0]["attn"] and r["optimizer"] == "muon" and not r["joint"]]
+        x, y, error = zip(*((r["rank"], r["excess"], r.get("excess_error") or 0) for r in scratch), strict=True)
+        axes.errorbar(x, y, error, fmt="k^", capsize=3, label="trained from scratch")
+        axes.set(xscale="log", xlabel="rank", title=f"{Path(source).parent.name} to {mine[0]['attn']}", yscale="log")
+        axes.set_xticks([1, 3 / 4, 1 / 2, 1 / 4, 1 / 8], ["1", "3/4", "1/2", "1/4", "1/8"])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("excess, nats per token")
+    panels[-1].legend(fontsize=8)
+    panels[0].figure.savefig(path, dpi=120)
+
+
+def main(out):
+    done = [path.parent for path in sorted(out.glob("*/printed")) if "\nnext:" in path.read_text()]
+    runs = [score(folder) for folder in tqdm(done, disable=None)]
+    rows, converted = (group([run for run in runs if bool(run["source"]) == kind]) for kind in (False, True))
+    rows.sort(
+        key=lambda row: (row["optimizer"] != "muon", [*COLOURS].index(row["attn"]), row["joint"], -(row["rank"] or 0))
+    )
+    (mha,) = (row for row in rows if row["name"] == "mha")
+    for row in rows:
+        row["loss_to_mha"] = row["val_loss"] / mha["val_loss"] - 1
+    text = [markdown(cells(rows, LEARNT)), markdown(cells(converted, ["excess", "recall"])), spectra_table(rows)]
+    (out / "study.json").write_text(json.dumps({"runs": runs}, indent=1))
+    (out / "tables.md").write_text("\n".join(text))
+    print(*text, sep="\n")
+    muon = [row for row in rows if row["optimizer"] == "muon"]
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    draw_loss(axes := figure.subplots(), [row | {"context": 0, "dtype": "bfloat16"} for row in muon])
+    axes.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(out / "study.png", dpi=120)
+    draw_recall(out / "recall.png", rows)
+    if converted:
+        draw_conversions(out / "conversions.png", rows, converted)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
