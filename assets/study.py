@@ -6,6 +6,7 @@ Reads and writes in that folder: scores.json beside each checkpoint (made once),
 """
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -27,7 +28,7 @@ STORIES = 50  # to judge, of each model
 LEARNT = ("runs", "kv_bytes", "val_loss", "excess", "loss_to_mha", "lost", "recall", "grammar", "consistency", "copied")
 SPECTRA = {"effective rank": ".1f", "share of n": ".0%", "spiked": ".0%", "beyond chain": ".0%", "beyond mp": ".0%"}
 SPECTRA |= {"MP-gap": ".3g", "MP-gap rotated": ".3g"}
-RECIPE = ("attn", "rank", "joint", "latent_norm", "q_rank", "optimizer", "lr", "steps", "source")
+RECIPE = ("attn", "rank", "joint", "latent_norm", "q_rank", "kv_bytes", "optimizer", "lr", "steps", "source", "data")
 
 
 def score(folder):
@@ -35,12 +36,16 @@ def score(folder):
     if (file := folder / "scores.json").exists():
         return json.loads(file.read_text())
     model, checkpoint = load_checkpoint(folder / "ckpt.pt")
-    config, options, data = model.config, checkpoint["options"], load_data("stories")
-    words, numbers = recall(model, data)
-    found = {name: options[name] for name in ("seed", "optimizer", "lr", "steps")} | {"run": str(folder)}
+    config, options, meta = model.config, checkpoint["options"], checkpoint["meta"]
+    found = {name: options[name] for name in ("seed", "optimizer", "lr", "steps", "data")} | {"run": str(folder)}
     found |= {name: getattr(config, name) for name in ("attn", "rank", "joint", "latent_norm", "q_rank")}
-    found |= {"source": options["init_from"], "kv_bytes": model.kv_bytes_per_token(torch.bfloat16)} | numbers
-    found |= {"val_loss": checkpoint["val_loss"], "excess": checkpoint["val_loss"] - checkpoint["floor"]}
+    found |= {"source": options["init_from"], "kv_bytes": model.kv_bytes_per_token(torch.bfloat16)}
+    found |= {"val_loss": checkpoint["val_loss"]}
+    if checkpoint["floor"] is None:  # real text
+        bits_per_byte = checkpoint["val_loss"] * meta["val_tokens"] / meta["val_bytes"] / math.log(2)
+        return found | {"bits_per_byte": bits_per_byte}
+    words, numbers = recall(model, load_data("stories"))
+    found |= numbers | {"excess": checkpoint["val_loss"] - checkpoint["floor"]}
     scores = judged({folder: (model, checkpoint)}, STORIES, "stories", "cpu")[folder]
     found |= {name: scores[name] for name in ("grammar", "consistency", "copied")}
     far = np.digitize(words["distance"], DISTANCES[1:])
@@ -59,7 +64,7 @@ def score(folder):
             found[f"{part}: MP-gap"] = diagnosed["mp_gap"].mean(1)
             found[f"{part}: MP-gap rotated"] = diagnose(np.stack(turned, 1), chain)["mp_gap"].mean((0, 2))
     file.write_text(json.dumps(found, default=lambda array: np.asarray(array).tolist()))
-    return found
+    return json.loads(file.read_text())
 
 
 def group(runs):
@@ -73,13 +78,13 @@ def group(runs):
         lists = {k: np.mean([run[k] for run in members], 0) for k, v in members[0].items() if isinstance(v, list)}
         row = dict(zip(RECIPE, recipe, strict=True)) | mean_of(numbers) | lists
         row |= {"runs": len(members), "name": name_of(row) + " adamw" * (row["optimizer"] == "adamw")}
-        rows.append(row | {"seeds": [run["seed"] for run in members], "each": [run["excess"] for run in members]})
+        rows.append(row)
     return rows
 
 
 def markdown(lines):
     first, *rest = lines
-    return "\n".join("| " + " | ".join(line) + " |" for line in [first, ["---"] * len(first), *rest]) + "\n"
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in [first, ["---"] * len(first), *rest]) + "\n"
 
 
 def spectra_table(rows):
@@ -134,25 +139,30 @@ def draw_conversions(path, rows, converted):
 def main(out):
     done = [path.parent for path in sorted(out.glob("*/printed")) if "\nnext:" in path.read_text()]
     runs = [score(folder) for folder in tqdm(done, disable=None)]
-    rows, converted = (group([run for run in runs if bool(run["source"]) == kind]) for kind in (False, True))
-    rows.sort(
-        key=lambda row: (row["optimizer"] != "muon", [*COLOURS].index(row["attn"]), row["joint"], -(row["rank"] or 0))
-    )
-    (mha,) = (row for row in rows if row["name"] == "mha")
+    rows, converted, text = [], [], []
+    for row in group(runs):
+        (text if row["data"] != "stories" else converted if row["source"] else rows).append(row)
+    order = [*COLOURS].index
+    rows.sort(key=lambda row: (row["optimizer"] != "muon", order(row["attn"]), row["joint"], -(row["rank"] or 0)))
     for row in rows:
-        row["loss_to_mha"] = row["val_loss"] / mha["val_loss"] - 1
-    text = [markdown(cells(rows, LEARNT)), markdown(cells(converted, ["excess", "recall"])), spectra_table(rows)]
+        row["loss_to_mha"] = row["val_loss"] / next(r for r in rows if r["name"] == "mha")["val_loss"] - 1
+    tables = [markdown(cells(rows, LEARNT)), spectra_table(rows)]
+    if converted:
+        lines = [[r["source"], r["name"], r["steps"], f"{r['excess']:.4f}", f"{r['recall']:.1%}"] for r in converted]
+        tables += [markdown([["from", "to", "more steps", "excess", "recall"], *lines])]
+        draw_conversions(out / "conversions.png", rows, converted)
+    if text:
+        lines = [[r["name"], r["runs"], f"{r['bits_per_byte']:.4f}±{r['bits_per_byte_error']:.4f}"] for r in text]
+        tables += [markdown([["attn", "seeds", "bits per byte"], *lines])]
     (out / "study.json").write_text(json.dumps({"runs": runs}, indent=1))
-    (out / "tables.md").write_text("\n".join(text))
-    print(*text, sep="\n")
-    muon = [row for row in rows if row["optimizer"] == "muon"]
+    (out / "tables.md").write_text("\n".join(tables))
+    print(*tables, sep="\n")
     figure = Figure(figsize=(9, 4.5), layout="constrained")
-    draw_loss(axes := figure.subplots(), [row | {"context": 0, "dtype": "bfloat16"} for row in muon])
+    muon = [row | {"context": 0, "dtype": "bfloat16"} for row in rows if row["optimizer"] == "muon"]
+    draw_loss(axes := figure.subplots(), muon)
     axes.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(out / "study.png", dpi=120)
     draw_recall(out / "recall.png", rows)
-    if converted:
-        draw_conversions(out / "conversions.png", rows, converted)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 scale=${1-}
 case $scale in
-cpu) flags="--size=tiny --n_head=4 --steps=4000" lr=0.012 adamw=0.004 fine="--steps=200 --lr=0.002" jobs=$(nproc) ;;
-gpu) flags="--size=30m --steps=1000" lr=0.004 adamw=0.001 fine="--steps=50 --lr=0.001" jobs=1 ;;
+cpu) flags="--size=tiny --n_head=4 --steps=4000" lr=0.012 adamw=0.004 fine="--steps=200 --lr=0.002" text=800 jobs=$(nproc) ;;
+gpu) flags="--size=30m --steps=1000" lr=0.004 adamw=0.001 fine="--steps=50 --lr=0.001" text=200 jobs=1 ;;
 *) echo "study.sh: '$scale': must be cpu or gpu" >&2 && exit 2 ;;
 esac
 export out=study/$scale flags="$flags ${*:2}"
@@ -22,8 +22,9 @@ flock -n 9 || { echo "study.sh: another one is at work in $out" >&2 && exit 1; }
 }
 echo "$flags" >$out/flags
 
+seeds() { while read -r row; do printf "%s\n" "$row --seed="{0,1,2}; done; }
 runs() { # in order of importance: whoever stops early has fewer rows, but all three seeds of each
-    while read -r row; do printf "%s\n" "$row --seed="{0,1,2}; done <<-END
+    seeds <<-END
 	--attn=mha_rope --lr=$lr
 	--attn=mha --lr=$lr
 	--attn=mla_rope --lr=$lr
@@ -36,6 +37,13 @@ runs() { # in order of importance: whoever stops early has fewer rows, but all t
 	--attn=mla_prerope --optimizer=adamw --lr=$adamw
 	--attn=mla_decoupled --optimizer=adamw --lr=$adamw
 	--attn=mla_decoupled --joint --rank=0.25 --lr=$lr
+	END
+}
+texts() { # real text, if there is any: see assets/study.md
+    [ ! -e data/kjv/meta.json ] || seeds <<-END
+	--attn=mha_rope --data=kjv --steps=$text --lr=$lr
+	--attn=mla_rope --data=kjv --steps=$text --lr=$lr
+	--attn=mla_rope --rank=0.125 --data=kjv --steps=$text --lr=$lr
 	END
 }
 conversions() { # two trained models at lower ranks, before and after a short training
@@ -60,7 +68,7 @@ export -f run
 [ -e data/stories/meta.json ] || python data/prepare.py
 # Runs of one thread each, side by side, train more than one run of all threads. A GPU needs one, and its threads.
 [ $scale = gpu ] || export OMP_NUM_THREADS=1
-for list in runs conversions; do # conversions need the trained models
+for list in runs conversions texts; do # conversions need the trained models
     $list | xargs -P "$jobs" -I{} bash -c "run {}"
 done
 unset OMP_NUM_THREADS
