@@ -5,9 +5,9 @@
     python bench.py --attn mha mla_decoupled --batch 1 8 64 --context 512 8192
     python bench.py --train                              the speed of train.py as well
 
-A decode step reads all weights and the whole cache once, and multiplies with them. The roofline is the speed of the
-slower of the two at the machine's peak, which is measured in the same run. "expanded" makes keys and values from all
-cached latents at every step; "absorbed" attends to the latents themselves (mla_rope cannot).
+A decode step reads all weights and the whole cache once, and multiplies with them. Whichever of the two takes longer at
+the machine's peak sets the best possible speed, the roofline. Both peaks are measured in the same run. "expanded" makes
+keys and values from all cached latents at every step; "absorbed" attends to the latents themselves (mla_rope cannot).
 """
 
 import ctypes
@@ -49,7 +49,7 @@ COLUMNS = {  # key of a row: heading, format, meaning
     "cut": ("cut", "{:.0%}", "reduction relative to mha"),
     "expanded": ("expanded", "{:,.0f}", "decoded tokens/s if keys and values are made from all latents at every step"),
     "absorbed": ("absorbed", "{:,.0f}", "decoded tokens/s if queries attend to latents"),
-    "spread": ("spread", "±{:.0%}", "half the range over the rounds; this and later columns are of the faster way"),
+    "spread": ("spread", "±{:.0%}", "half the range over the rounds; from here on, of the faster of the two"),
     "to_mha": ("/ mha", "{:.2f}", "tokens/s over mha's"),
     "to_full": ("/ rank 1", "{:.2f}", "tokens/s over those of the same variant at rank 1"),
     "gb": ("GB/s", "{:.1f}", "weights and cache read"),
@@ -80,7 +80,7 @@ GROUP = ("device", "dtype", "batch", "context")  # one table per combination
 def seconds(function, device, repeats=3):
     """Time `repeats` calls after a warm-up. On a CPU, if the first takes over half a second, return that one alone."""
     kind, times = device.split(":")[0], []
-    warmup, calls = (1, 1) if kind == "cpu" else (4, 10)  # many calls in a row, so that launching them is hidden
+    warmup, calls = (1, 1) if kind == "cpu" else (4, 10)  # many calls in a row, to hide the launch overhead
     while len(times) < warmup + repeats and not (kind == "cpu" and sum(times[:1]) > 0.5):
         begin = time.perf_counter()
         for _ in range(calls):
@@ -100,7 +100,7 @@ def ceilings(device, dtype):
 
 
 def in_proc(file, key):
-    """The value of the first line of /proc/<file> with this key; None on other systems than Linux."""
+    """The value of the first line of /proc/<file> with this key; None on systems other than Linux."""
     lines = Path("/proc", file).read_text().splitlines() if Path("/proc", file).exists() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), None)
 
@@ -113,7 +113,7 @@ def machine(device):
 
 
 def temporary_bytes(step, device):
-    """Peak memory of a step beyond what was in use before it; None if the system does not tell."""
+    """Peak memory of a step beyond what was in use before it; None if the system does not report it."""
     if device.startswith("cuda"):
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -133,7 +133,7 @@ def temporary_bytes(step, device):
 
 
 def decode_cost(config, parameters, batch, context, itemsize, absorbed):
-    """Bytes that a decode step reads and FLOPs that it takes, attending to `context` tokens, its own included.
+    """Bytes read and FLOPs done by a decode step that attends to `context` tokens, the new one included.
 
     Weights and cache count once. Learned positions are not among the parameters: a step reads one of them."""
     d, h, H, L = config.n_embd, config.head_dim, config.n_head, config.n_layer
@@ -157,8 +157,8 @@ def name_of(row):
 
 
 def speed(row):
-    """Decoded tokens/s, the faster of the two ways."""
-    return max(row["expanded"], row.get("absorbed") or 0)
+    """Decoded tokens/s, expanded or absorbed, whichever is faster."""
+    return max(row["expanded"], row.get("absorbed", 0))
 
 
 def alike(rows, row, names):
@@ -177,8 +177,8 @@ def check_memory(config, batch, context, dtype, device):
     available = in_proc("meminfo", "MemAvailable") or "inf"  # in kB
     free = float(available.split()[0]) * 1024 if "cuda" not in device else torch.cuda.mem_get_info(device)[0]
     if needed > free:
-        what = f"{config.attn} needs {needed / 1e9:.1f} GB on {device}, but {free / 1e9:.1f} GB are free"
-        raise InputError(f"--batch={batch} --context={context}: {what}; choose smaller values")
+        reason = f"{config.attn} needs {needed / 1e9:.1f} GB on {device}, but only {free / 1e9:.1f} GB is free"
+        raise InputError(f"--batch={batch} --context={context}: {reason}; choose smaller values")
 
 
 @torch.no_grad()
@@ -218,14 +218,15 @@ def train_speed(config, size, data, device, dtype):
     raise SystemExit(2) if process.returncode == 2 else OSError(f"--train: train.py ended with {process.returncode}")
 
 
-def measure(model, dtype, batch, context, device, *options):
+def measure(model, dtype, batch, context, device, compiled=False, memory=True):
     """Decode with one model at one batch and context, in each way it can -> a row, not yet compared with anything."""
     config = model.config
     parameters = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("position"))
     row = asdict(config) | {"parameters": parameters / 1e6, "batch": batch, "context": context}
     row |= {"dtype": str(dtype)[6:], "device": device}
     for way, absorb in (("expanded", False), ("absorbed", True))[: 1 + (config.attn in ABSORBS)]:
-        taken, row["kv_bytes"], row[f"{way}_temporary"] = decode(model, batch, context, absorb, device, *options)
+        found = decode(model, batch, context, absorb, device, compiled, memory)
+        taken, row["kv_bytes"], row[f"{way}_temporary"] = found
         row[way] = batch / taken
     return row
 
@@ -270,13 +271,13 @@ def judged(loaded, count, folder, device):
     meta, *_ = data = load_data(folder)
     same = ("source", "stories", "seed", "world", "tokenizer")
     for path, (_, checkpoint) in loaded.items():
-        if any(checkpoint["meta"].get(key) != meta[key] for key in same):
-            raise InputError(f"--judge: {path} was not trained on what is in {folder}; leave out --judge")
+        if "world" not in meta or any(checkpoint["meta"].get(key) != meta[key] for key in same):
+            raise InputError(f"--judge: {path} was not trained on the story world in {folder}; leave out --judge")
     tokenizer, told, rows = load_tokenizer(meta["tokenizer"]), [], {}
     for path, (model, _) in tqdm(loaded.items(), "stories and recall", leave=False, disable=None):
         told += sample(model.to(device), tokenizer, count)
         rows[path] = recall(model, data, 300)[1]
-        del rows[path]["excess"]  # of these 300 stories alone
+        del rows[path]["excess"]  # of these 300 stories only; val_loss is of all
     for name, values in judge(told, data)[0].items():
         for path, of_one in zip(loaded, values.reshape(-1, count), strict=True):
             rows[path][name], rows[path][f"{name}_error"] = mean_and_error(of_one)
@@ -358,14 +359,12 @@ def advice(rows):
     text = f"{longest['context']:,} tokens, batch {longest['batch']}, {longest['dtype']}:"
     for title, row in (("fastest", max(rows, key=speed)), ("smallest cache", min(rows, key=lambda r: r["kv_bytes"]))):
         to_mha = f", {row['to_mha']:.2f} times mha's speed" if row.get("to_mha") else ""
-        text += (
-            f"\n  {title}: {row['name']}, {speed(row):,.0f} tokens/s{to_mha}, {row['kv_bytes']:,.0f} bytes per token"
-        )
+        text += f"\n  {title}: {row['name']}, {speed(row):,.0f} tokens/s{to_mha}, {row['kv_bytes']:,.0f} bytes/token"
     return text
 
 
 def draw(path, report):
-    """Plot loss against cache and speed against context, if there are several; of the first device, dtype and batch."""
+    """Plot loss against cache (trained models) and speed against context, for the first device, dtype and batch."""
     from matplotlib.figure import Figure
 
     rows = alike(report["rows"], report["rows"][0], ("device", "dtype", "batch"))
@@ -401,7 +400,7 @@ def draw_loss(axes, rows):
 
 
 def draw_speed(axes, rows):
-    """A line for each name; of more than eight names, those with rank 1/2 or none."""
+    """A line for each name; with more than eight names, only for rank 1/2 and for variants without a rank."""
     names, contexts = list(dict.fromkeys(r["name"] for r in rows)), sorted({r["context"] for r in rows})
     for name in names:
         mine = sorted(alike(rows, dict(name=name), ("name",)), key=lambda r: r["context"])
@@ -427,7 +426,7 @@ def parse_arguments():
     add("--device", nargs="+", help="cpu, cuda, ... (default: cuda if there is one, else cpu)")
     add("--compile", action="store_true", help="compile the decode step into a CUDA graph (default: no)")
     add("--rounds", type=int, default=3, help="rounds of decoding; medians are reported (default: %(default)s)")
-    add("--train", action="store_true", help="run 20 steps of train.py too, at --size (default: no)")
+    add("--train", action="store_true", help="also time train.py, 20 steps at --size (default: no)")
     add("--judge", type=int, metavar="N", help="score N stories of each checkpoint, and its recall (default: no)")
     add("--data", default="stories", help="data for --train and --judge (default: %(default)s)")
     text = "; ".join(f"{name}: {what}" for name, (_, _, what) in COLUMNS.items()).replace("%", "%%")
@@ -479,37 +478,38 @@ def main():
     machines = [(device, dtype) for device in args.device for dtype in args.dtype or default[device]]
     for (device, dtype), (_, _, config) in product(machines, models):
         check_memory(config, max(args.batch), max(contexts), DTYPES[dtype], device)
-    args.out.mkdir(parents=True, exist_ok=True)  # now: a failure later would lose the measurements
+    args.out.mkdir(parents=True, exist_ok=True)  # before measuring, so that a failure here loses nothing
     scores = judged(loaded, args.judge, args.data, args.device[0]) if args.judge else {}
-    about = {}  # what no round changes
+    about = {}  # columns that are the same in every round
     for on, (name, paths, config) in tqdm([*product(machines, models)], "train.py", disable=not args.train or None):
         learnt = {path: (loaded[path][1]["val_loss"], loaded[path][1]["floor"]) for path in paths}
         runs = [dict(val_loss=v, excess=f and v - f) | scores.get(path, {}) for path, (v, f) in learnt.items()]
         about[on, name] = {"name": name} | (mean_of(runs) | {"paths": paths, "runs": len(runs)} if runs else {})
         if args.train:
             about[on, name]["train"] = train_speed(config, args.size, args.data, *on)
-    # In rounds, so that a busy minute does not slow down one variant alone
-    limits, rounds = {on: [] for on in machines}, {}
+    # Measure in rounds, so that a busy minute does not slow down one variant alone
+    peaks, rounds = {on: [] for on in machines}, {}
     jobs = [*product(range(args.rounds), machines, models)]
     for n, (device, dtype), (name, paths, config) in tqdm(jobs, "measuring", leave=False, disable=None):
         if device.startswith("cuda"):
             torch.cuda.set_device(device)
-        if len(measured := limits[device, dtype]) == n:
+        if len(measured := peaks[device, dtype]) == n:
             measured.append(ceilings(device, DTYPES[dtype]))
         torch.manual_seed(0)
         with torch.device(device):
             model = (loaded[paths[0]][0] if paths else GPT(config)).to(device, DTYPES[dtype]).eval()
         for batch, context in product(args.batch, contexts):
-            row = measure(model, DTYPES[dtype], batch, context, device, args.compile, n == 0)
+            row = measure(model, DTYPES[dtype], batch, context, device, args.compile, memory=n == 0)
             row |= about[(device, dtype), name]
             rounds.setdefault((device, dtype, name, batch, context), (config, []))[1].append(row)
         del model
     report = {"command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), "machines": {}, "rows": []}
-    for (device, dtype), measured in limits.items():
-        middle = {name: float(np.median([limit[name] for limit in measured])) for name in measured[0]}
-        report["machines"][f"{device} {dtype}"] = middle | {"name": machine(device)}
-    found = ((report["machines"][f"{on[0]} {on[1]}"], *rows) for on, rows in rounds.items())
-    report["rows"] = compare([summarize(rows, config, ceiling) for ceiling, config, rows in found])
+    for (device, dtype), measured in peaks.items():
+        medians = {name: float(np.median([peak[name] for peak in measured])) for name in measured[0]}
+        report["machines"][f"{device} {dtype}"] = medians | {"name": machine(device)}
+    for (device, dtype, *_), (config, rows) in rounds.items():
+        report["rows"].append(summarize(rows, config, report["machines"][f"{device} {dtype}"]))
+    compare(report["rows"])
     print(tables(report, args.columns), advice(report["rows"]), sep="\n")
     (args.out / "bench.json").write_text(json.dumps(report, indent=1, default=float))
     draw(args.out / "bench.png", report)

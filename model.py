@@ -2,7 +2,7 @@
 attention (MLA) of DeepSeek-V2. Read it from top to bottom.
 
 Symbols, as in the papers: d = n_embd, H = n_head, h = d/H (width of a head), r = round(rank * d) (width of a latent),
-R = rope_dim, V = vocab_size. B sequences of T new tokens attend to S places, T without a cache. x is (B, T, d).
+R = rope_dim, V = vocab_size; B sequences, T new tokens each, S positions to attend to (T without a cache); x (B, T, d).
 
 | attn          | positions               | keys                                   | cached  | absorbs |
 |---------------|-------------------------|----------------------------------------|---------|---------|
@@ -70,7 +70,7 @@ class GPTConfig:
     rank: float | None = None  # latent width / n_embd; for gqa, key heads / n_head. Default 0.5
     joint: bool = False  # one latent for both keys and values, so that r numbers are cached, not 2r
     latent_norm: bool = False  # an RMSNorm on each latent
-    q_rank: float | None = None  # if set, queries come from a latent, too, this times n_embd wide and not cached
+    q_rank: float | None = None  # width of a latent for queries / n_embd; it is not cached. None: no such latent
     rope_dim: int | None = None  # width of mla_decoupled's rotary key, even. Default: half a head
     rope_base: float = 10000.0
     dropout: float = 0.0
@@ -103,11 +103,11 @@ class GPTConfig:
         check(whole or self.attn != "gqa", "rank", f"k/{self.n_head} for some k that divides {self.n_head}")
         if self.attn == "mla_decoupled":
             self.rope_dim = max(2, self.head_dim // 4 * 2) if self.rope_dim is None else self.rope_dim
-            check(self.rope_dim > 0 and self.rope_dim % 2 == 0, "rope_dim", "even, and at least 2")
+            check(0 < self.rope_dim <= 2**16 and self.rope_dim % 2 == 0, "rope_dim", "even, from 2 to 65536")
 
     @property
     def cache_shapes(self):
-        """What a layer caches of one token: the name and shape of each tensor."""
+        """The tensors that a layer caches for each token: {name: shape}."""
         if self.attn not in MLA:
             return dict.fromkeys(("k", "v"), (self.kv_heads, self.head_dim))
         latents = dict.fromkeys(("c_k",) if self.joint else ("c_k", "c_v"), (self.latent_dim,))
@@ -126,7 +126,7 @@ class RoPE(nn.Module):
         self.register_buffer("cos", self.exact[0].float(), persistent=False)
         self.register_buffer("sin", self.exact[1].float(), persistent=False)
 
-    def _apply(self, fn, recurse=True):  # what .to() and .bfloat16() call. Tables in bfloat16 would blur positions
+    def _apply(self, fn, recurse=True):  # called by .to(), .bfloat16(), ...: bfloat16 tables would blur positions
         super()._apply(fn, recurse)
         device, dtype = self.cos.device, torch.promote_types(self.cos.dtype, torch.float32)
         self.cos, self.sin = (table.to(dtype).to(device) for table in self.exact)
@@ -134,20 +134,20 @@ class RoPE(nn.Module):
 
     def forward(self, x, positions):
         """x (..., T, w), positions (T,) -> x rotated, of the same shape and precision."""
-        swapped = x.roll(x.size(-1) // 2, dims=-1)  # (a, b) -> (b, a); and so to (a cos - b sin, b cos + a sin)
+        swapped = x.roll(x.size(-1) // 2, dims=-1)  # x = (a, b) -> (b, a); returned: (a cos - b sin, b cos + a sin)
         return (x * self.cos[positions] + swapped * self.sin[positions]).to(x.dtype)
 
 
 class KVCache:
     """The cached keys and values (or latents, and the rotary key) of all layers. Made by GPT.init_cache.
     Each is one contiguous tensor (B, ..., size, width), as a CPU can be 8 times slower with a slice of a larger one.
-    When full, it grows by STEP places, so growing copies 1/STEP of what decoding reads. Empty places are masked."""
+    When full, it grows by STEP slots, so growing copies 1/STEP of what decoding reads. Empty slots are masked."""
 
     STEP = 128
 
     def __init__(self, config, batch_size, absorb, dtype, device):
         self.absorb, self.max_size = absorb, config.block_size
-        self.pos = self.size = self.nbytes = 0  # tokens held, places and bytes allocated
+        self.pos = self.size = self.nbytes = 0  # tokens held, slots and bytes allocated
         empty = partial(torch.empty, dtype=dtype, device=device)
         tensors = {name: empty(batch_size, *heads, 0, width) for name, (*heads, width) in config.cache_shapes.items()}
         self.layers = [dict(tensors) for _ in range(config.n_layer)]
@@ -165,7 +165,7 @@ class KVCache:
 
     @torch.no_grad()
     def append(self, layer, positions, new):
-        """Store what T new tokens add to a layer: {name: (B, ..., T, width)} -> {name: (B, ..., size, width)}"""
+        """Write T new tokens to a layer: {name: (B, ..., T, width)} -> all slots: {name: (B, ..., size, width)}"""
         held = self.layers[layer]
         for name, tensor in new.items():
             held[name].index_copy_(-2, positions, tensor.to(held[name].dtype))
@@ -178,7 +178,7 @@ def split_heads(x, width):
 
 
 def attend(q, k, v, mask, dropout):
-    """Softmax attention: q (B, H, T, w), k (B, G, S, w), v (B, G, S, h) -> (B, H, T, h). A key head serves H/G heads.
+    """Softmax attention: q (B, H, T, w), k (B, G, S, w), v (B, G, S, h) -> (B, H, T, h). H/G query heads share a key.
     mask (T, S) is added to the scores: 0 where a query may look, -inf elsewhere."""
     (B, H, T, w), (G, S), mask = q.shape, k.shape[1:3], mask.to(q.dtype)
     if T * S > 2**18 or (T == S and q.is_cuda):  # a fused kernel for many scores, or to train on a GPU
@@ -250,17 +250,17 @@ class LatentAttention(nn.Module):
         source = x
         if attn == "mla_prerope":
             source = self.rope(split_heads(self.w_k(x), h), positions).transpose(1, 2).flatten(2)
-        kept = {"c_k": self.norm_k(self.w_dk(source))}
+        cache_entry = {"c_k": self.norm_k(self.w_dk(source))}
         if not self.config.joint:
-            kept["c_v"] = self.norm_v(self.w_dv(x))
+            cache_entry["c_v"] = self.norm_v(self.w_dv(x))
         # A second score for position: rotary queries (B, H, T, R), and one key (B, T, R) for all heads
         if attn == "mla_decoupled":
             q_r = self.rope(split_heads(self.w_qr(c_q), self.config.rope_dim), positions)
-            kept["k_r"] = self.rope(self.w_kr(x), positions)
+            cache_entry["k_r"] = self.rope(self.w_kr(x), positions)
         if cache is not None:
-            kept = cache.append(self.layer, positions, kept)  # now of all S places
-        c_k, c_v, k_r = kept["c_k"], kept.get("c_v", kept["c_k"]), kept.get("k_r")
-        # To expand S keys takes S r h products per head; absorbed scores take T S (r - h) more. So long prompts expand.
+            cache_entry = cache.append(self.layer, positions, cache_entry)  # now for all S positions
+        c_k, c_v, k_r = cache_entry["c_k"], cache_entry.get("c_v", cache_entry["c_k"]), cache_entry.get("k_r")
+        # Per head, expanding S keys costs S r h multiplications, but saves T S (r - h) in scores: long prompts expand.
         absorb = cache is not None and cache.absorb and x.size(1) <= h
         y = (self.absorbed if absorb else self.expanded)(q, q_r, c_k, c_v, k_r, mask)
         return self.w_o(y.transpose(1, 2).flatten(2))
@@ -277,7 +277,7 @@ class LatentAttention(nn.Module):
         return attend(q, k, v, mask, self.config.dropout if self.training else 0.0)
 
     def absorbed(self, q, q_r, c_k, c_v, k_r, mask):
-        """What `expanded` returns, without expanding: the queries go down to the latents instead. Not for mla_rope."""
+        """The same result without expanding: the queries go down to the latents instead. Not for mla_rope."""
         (B, H, T, h), R = q.shape, self.config.rope_dim or 0
         w_uk, w_uv = (w.weight.unflatten(0, (H, h)) for w in (self.w_uk, self.w_uv))  # (H, h, r): Linear stores W^T
         q_c = torch.einsum("bHth,Hhr->bHtr", q, w_uk).flatten(1, 2).contiguous()  # q W_UK^T, (B, H T, r)
@@ -321,7 +321,7 @@ class GPT(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """As in GPT-2, but latents have variance 1, so MLA does not start with fainter keys and values than MHA."""
+        """As in GPT-2, but latents have variance 1, so MLA starts with keys and values as large as those of MHA."""
         config, d = self.config, self.config.n_embd
         for name, weight in self.named_parameters():
             matrix = name.split(".")[-2]
@@ -339,28 +339,28 @@ class GPT(nn.Module):
         Without: logits (B, 1, V) of the last position, None. ValueError if the context cannot hold the tokens."""
         T, start, limit = idx.size(1), cache.pos if cache else 0, self.config.block_size
         if not 0 < T <= limit - start:
-            raise ValueError(f"{start + T} tokens, {T} of them new: a context holds 1 to {limit}")
+            raise ValueError(f"{start + T} tokens, {T} of them new: must be at least 1 new, and at most {limit} in all")
         if cache:
             cache.reserve(start + T)
-        x = self.hidden(idx, torch.arange(start, start + T, device=idx.device), cache)
-        if cache:
             cache.pos += T
+        x = self.hidden(idx, torch.arange(start, start + T, device=idx.device), cache)
         if targets is None:
             return F.linear(x[:, -1:], self.token_embedding.weight), None
-        logits, loss = F.linear(x, self.token_embedding.weight), partial(F.cross_entropy, ignore_index=-1)
-        exact = torch.promote_types(logits.dtype, torch.float32)  # row by row on a CPU, for its cache: 10% of a step
-        rows = (logits, targets) if logits.is_cpu else (logits.flatten(0, 1)[None], targets.flatten()[None])
-        total = sum(loss(row.to(exact), t, reduction="sum") for row, t in zip(*rows, strict=True))
+        logits = F.linear(x, self.token_embedding.weight)
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        # Row by row on a CPU, where one row stays in the processor's cache: 10% of a step
+        rows = zip(logits, targets, strict=True) if logits.is_cpu else [(logits.flatten(0, 1), targets.flatten())]
+        total = sum(F.cross_entropy(row.to(dtype), t, ignore_index=-1, reduction="sum") for row, t in rows)
         return logits, total / (targets >= 0).sum()
 
     def hidden(self, idx, positions, cache=None):
-        """Tokens (B, T) at positions (T,), behind those of the cache -> what the output head reads, (B, T, d)"""
+        """idx (B, T) at positions (T,), after the cache's tokens -> input of the output head (B, T, d)"""
         x = self.token_embedding(idx)
         if self.config.attn in LEARNED:
             x = x + self.position_embedding(positions)
         x = self.dropout(x)
-        unseen = torch.arange(cache.size if cache else idx.size(1), device=idx.device) > positions[:, None]
-        mask = torch.zeros_like(unseen, dtype=x.dtype).masked_fill(unseen, -math.inf)  # (T, S)
+        masked = torch.arange(cache.size if cache else idx.size(1), device=idx.device) > positions[:, None]
+        mask = torch.zeros_like(masked, dtype=x.dtype).masked_fill(masked, -math.inf)  # (T, S)
         for block in self.blocks:
             x = block(x, positions, mask, cache)
         return self.final_norm(x)
@@ -382,7 +382,7 @@ class GPT(nn.Module):
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, absorb=None, generator=None, stop=None):
         """Continue idx (B, T) by sampling: (B, T + max_new_tokens), or fewer if every row has sampled the token `stop`.
-        temperature=0 takes the most likely token, top_k samples among the k most likely. Ignore what follows `stop`.
+        temperature=0 takes the most likely token, top_k samples among the k most likely. Ignore tokens after `stop`.
         Raises InputError if an option is out of range, idx is empty, or the result would not fit into block_size."""
         if not (0 <= temperature < math.inf and max_new_tokens >= 0 and (top_k is None or top_k >= 1)):
             raise InputError(f"{temperature=} and {max_new_tokens=} must be at least 0, {top_k=} at least 1")
@@ -407,7 +407,7 @@ class GPT(nn.Module):
 
 
 def load_checkpoint(path, device="cpu"):
-    """A file of train.py -> its model in eval mode, and all it holds. InputError if missing, damaged or foreign."""
+    """A file of train.py -> its model in eval mode, and its whole dict. InputError if missing, damaged or not ours."""
     try:
         with warnings.catch_warnings(action="ignore"):  # PyTorch's, about files that are no checkpoints
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -425,7 +425,7 @@ def load_checkpoint(path, device="cpu"):
 
 def tell(model, tokenizer, prompt, tokens=math.inf, temperature=0.8, top_k=None, seed=0):
     """One story that begins with prompt, sampled until it ends, the context is full, or it has `tokens` new ones."""
-    prompt = [tokenizer.eot_token, *tokenizer.encode_ordinary(prompt)]  # after another story, as in training
+    prompt = [tokenizer.eot_token, *tokenizer.encode_ordinary(prompt)]  # <|endoftext|> comes first, as in training
     room = max(1, model.config.block_size - len(prompt))  # with no room, generate raises
     idx = torch.tensor([prompt], device=model.token_embedding.weight.device)
     generator = torch.Generator(idx.device).manual_seed(seed % 2**63)

@@ -5,17 +5,17 @@ Large compared with what? There are three references:
 
     chain   the law for a product of Gaussian matrices with the shapes of W_Q, W_K and MLA's factors
     mp      the Marchenko-Pastur law, for ONE Gaussian matrix: the usual null in the literature
-    haar    the model's own factors with random rotations between them. The part of a spike that survives comes from the
-            factors' singular values (magnitude); the rest came from how neighbouring factors line up (alignment), W_Q
-            with W_K, in MLA W_UK with W_DK. Not unique: W_Q A and W_K A^-T give the same M, but another split
+    haar    the model's own factors with random rotations between them. What survives of a large eigenvalue is due to
+            the factors' singular values (magnitude), the rest to how neighbouring factors line up (alignment): W_Q
+            with W_K, in MLA W_UK with W_DK. The split is not unique: W_Q A and W_K A^-T give the same M
 
     python spectrum.py out/ckpt.pt         one model: tables, answers in words, spectrum.json, spectrum.png
     python spectrum.py out/a out/b         learning dynamics of several runs, from their spectrum.jsonl
 
-Diagnostics by Jha and Reagen 2025, arXiv 2507.09394. Where their abstract is silent, we chose: the mp law has aspect
-ratio n/d for n eigenvalues; a law is scaled to match the median eigenvalue; we analyse each head, and each layer as a
-whole; with RoPE, M depends on the distance between query and key. A longer product has a wider null, so quantities
-measured against a null cannot be compared across variants; effective rank can (Roy and Vetterli 2007).
+The diagnostics follow Jha and Reagen 2025, arXiv 2507.09394. Where their abstract is silent, we chose: the mp law has
+aspect ratio n/d for n eigenvalues; a law is scaled to match the median eigenvalue; we analyse each head, and each layer
+as a whole; with RoPE, M is taken at distance 0 unless --distance is given. Even with random weights, a longer product
+has a lower effective rank (Roy and Vetterli 2007), so compare variants by its share of the null's.
 """
 
 import json
@@ -40,14 +40,14 @@ NULLS = ("chain", "mp")
 
 class ChainLaw:
     """The law of the non-zero eigenvalues of M M^T, scaled to mean 1, where M is a product of independent Gaussian
-    matrices of shapes N_0 x N_1, N_1 x N_2, ...; dims = (N_0, N_1, ...). Exact in the limit where all dimensions grow
+    matrices of shapes N_0 x N_1, N_1 x N_2, ...; dims = (N_0, ..., N_m). Exact in the limit where all dimensions grow
     in proportion (Burda et al. 2010, arXiv 1007.3594). Two dimensions give Marchenko-Pastur. Has lower, upper (the
     edges), median, and pdf(x), cdf(x), quantile(q). Raises ValueError unless dims are two or more positive integers.
 
     Where the equation comes from: S-transforms of free factors multiply. Let n be the smallest dimension, c_i = n/N_i,
-    and psi(lambda) = sum_k (k-th moment) / lambda^k. A Gaussian factor has S = 1 / (1 + c psi), so their product has
+    psi = sum_k (k-th moment) / lambda^k and S = (1 + psi) / (lambda psi). A Gaussian factor has S = 1 / (1 + c psi):
 
-        lambda = prod_i (1 + c_i psi) / psi    over all m + 1 dimensions.
+        lambda = prod_i (1 + c_i psi) / psi    over all m + 1 dimensions; the smallest has c = 1.
 
     Which of the many roots is the law's? Write psi = rho e^(i angle). Lambda is real and positive where the angles of
     the factors 1 + c_i psi add up to that of psi. Their sum grows with rho, so each angle in (0, pi) has one such rho;
@@ -60,7 +60,7 @@ class ChainLaw:
         c = n / np.sort(np.array(dims, dtype=float))  # descending from 1
         angle = np.pi / 2 + (np.pi / 2 - 1e-6) * np.cos(np.linspace(0, np.pi, 4001))  # dense at both edges
         part = angle / len(c)
-        low = np.log(np.sin(part) / np.sin(angle - part))  # the root if all c_i were 1; it is below low - log c[-1]
+        low = np.log(np.sin(part) / np.sin(angle - part))  # the root if all c_i were 1; ours is below low - log c[-1]
         bracket = low - 1e-9, low - np.log(c[-1]) + 1e-9
         outer = partial(np.multiply.outer, c)
         log_rho = find_root(lambda x, a: np.angle(1 + outer(np.exp(x + 1j * a))).sum(0) - a, bracket, args=(angle,)).x
@@ -92,7 +92,7 @@ def largest_p(dims):
     A Gaussian matrix is L Q, and multiplying the next one by Q leaves its law unchanged, so we draw only triangles L.
     Above 64 eigenvalues we draw smaller matrices: their largest eigenvalue scatters more, which is conservative."""
     rng, shrink = np.random.default_rng(0), max(1, min(dims) / 64)
-    n, *others = sorted(round(size / shrink) for size in dims)
+    n, *others = sorted(round(size / shrink) for size in dims)  # the law is the same for dims in any order
     factors, i = [np.tril(rng.standard_normal((500, n, n)), -1) for _ in others], np.arange(n)
     for factor, size in zip(factors, others, strict=True):
         factor[:, i, i] = np.sqrt(rng.chisquare(size - i, (500, n)))
@@ -120,7 +120,7 @@ def qk_factors(attention, distance=0):
     def by_head(matrix, width):  # (d, n * width) -> (n, d, width)
         return matrix.unflatten(1, (-1, width)).transpose(0, 1)
 
-    def levels(part, q, k, *suffix):  # q (H, d, w), k (K, w, r): H/K query heads share a key; a layer sums its heads
+    def levels(part, q, k, *suffix):  # q (H, ., w), k (K, w, .): H/K query heads share a key; a layer sums its heads
         summed = q.unflatten(0, (len(k), -1)).sum(1).transpose(0, 1).flatten(1), k.flatten(0, 1)
         heads = [*prefix, q, k.repeat_interleave(len(q) // len(k), 0), *suffix]
         return {f"{part} heads": heads, f"{part} layer": [*prefix, *(matrix[None] for matrix in summed), *suffix]}
@@ -142,10 +142,10 @@ def qk_factors(attention, distance=0):
 
 
 def eigenvalues(factors):
-    """The non-zero eigenvalues of M M^T, M = W_1 W_2 ... W_m, largest first: (..., n) float64, n the least dimension.
+    """The non-zero eigenvalues of M M^T, M = W_1 W_2 ... W_m, largest first: (..., n) float64, n = min(N_i).
 
     factors: tensors (..., N_0, N_1), (..., N_1, N_2), ... M is split at its narrowest dimension, M = L R. With the QR
-    decomposition L = Q T, they are the eigenvalues of the n x n matrix (T R) (T R)^T: M is never formed. NaN where a
+    decomposition L = Q T, the n x n matrix (T R) (T R)^T has the same eigenvalues, so M is never formed. NaN where a
     factor is not finite."""
     factors = [factor.detach().cpu().double() for factor in factors]
     finite = math.prod(factor.isfinite().all(-1).all(-1) for factor in factors).bool()
@@ -160,18 +160,18 @@ def eigenvalues(factors):
 
 
 @cache
-def rotations(draws, number, size, rows):  # their first rows, (draws, 1, rows, size)
-    generator = torch.Generator().manual_seed(number)
+def rotations(draws, seed, size, rows):  # the first rows of random rotations, (draws, 1, rows, size)
+    generator = torch.Generator().manual_seed(seed)
     return torch.linalg.qr(torch.randn((draws, 1, size, rows), generator=generator, dtype=torch.float64)).Q.mT
 
 
 def haar(factors, draws=20):
-    """The eigenvalues for W_1 O_1 W_2 O_2 ... W_m -> (draws, H or 1, n). Each factor keeps its singular values; the O
-    are random rotations from a fixed seed, the same for all heads."""
+    """The eigenvalues() of W_1 O_1 W_2 O_2 ... W_m, (draws, H or 1, n). The O_i are random rotations from fixed seeds,
+    the same for all heads; each factor keeps its singular values."""
     values = [torch.from_numpy(eigenvalues([factor])).sqrt() for factor in factors]  # singular values
     rotated = [torch.diag_embed(values[0]).expand(draws, -1, -1, -1)]
-    for number, (factor, before, after) in enumerate(zip(factors, values, values[1:], strict=False)):
-        rotation = rotations(draws, number, factor.size(-1), before.size(-1))
+    for seed, (factor, before, after) in enumerate(zip(factors, values, values[1:], strict=False)):
+        rotation = rotations(draws, seed, factor.size(-1), before.size(-1))
         rotated.append(rotation[..., : after.size(-1)] * after.unsqueeze(-2))
     return eigenvalues(rotated)
 
@@ -182,38 +182,10 @@ def stack(many):
 
 
 def spectra(model, distance=0):
-    """{"content heads": (L, H, n), "content layer": (L, 1, n), ...}: the eigenvalues for each head's W_Q W_K^T, and for
-    their sum over a layer. NaN where weights are not finite."""
+    """{"content heads": (L, H, n), "content layer": (L, 1, n), ...}: eigenvalues() of each head's W_Q W_K^T, and of its
+    sum over a layer's heads."""
     layers = [qk_factors(block.attn, distance) for block in model.blocks]
     return stack([{name: eigenvalues(factors) for name, factors in layer.items()} for layer in layers])
-
-
-@torch.no_grad()
-def second_moments(model, idx):
-    """For each layer, E[x x^T] (d, d), float64, where x is the input of its attention, averaged over idx (B, T)."""
-    moments = []
-
-    def add(_, inputs):
-        x = inputs[0].flatten(0, 1).cpu().double()
-        moments.append(x.mT @ x / len(x))
-
-    hooks = [block.attn.register_forward_pre_hook(add) for block in model.blocks]
-    model(idx)
-    for hook in hooks:
-        hook.remove()
-    return moments
-
-
-def logit_ranks(model, idx):
-    """The effective rank (L, H) of S M S, where S^2 is the second moment of the attention's input on tokens idx (B, T):
-    directions of M in which inputs have no variance do not count. RoPE's rotations are left out (distance 0)."""
-    ranks = []
-    for block, moment in zip(model.blocks, second_moments(model, idx), strict=True):
-        values, vectors = torch.linalg.eigh(moment)
-        root = vectors * values.clamp(min=0).sqrt()
-        *_, whole, _ = qk_factors(block.attn).values()  # the heads of the last part
-        ranks.append(diagnose(eigenvalues([root.mT, *whole, root]), None)["effective_rank"])
-    return np.stack(ranks)
 
 
 def laws(config, null):
@@ -229,12 +201,12 @@ def laws(config, null):
 
 @np.errstate(all="ignore")
 def diagnose(values, law):
-    """Eigenvalues (..., n), in any order, against a null law -> a dict of arrays (...). Without a law, ranks only.
+    """Eigenvalues l (..., n), in any order, against a null law -> a dict of arrays (...). Without a law, ranks only.
 
     The law is scaled to match the median, which spikes do not move; l+ is its upper edge, l_1 the largest eigenvalue.
-    edge: l+. ks: the Kolmogorov-Smirnov distance. mp_gap: l_1 / l+. outliers: the number above l+; outlier_share: their
-    share of n; outlier_energy: of the sum. p: the p-value of l_1 / median. soft_rank: min(1, l+ / l_1). effective_rank:
-    exp(entropy of l / sum). stable_rank: sum / l_1. NaN where an eigenvalue is NaN or the median is 0."""
+    edge: l+. ks: the Kolmogorov-Smirnov distance. mp_gap: l_1 / l+. outliers: how many exceed l+; outlier_share: of n;
+    outlier_energy: of the sum. p: the p-value of l_1 / median. soft_rank: min(1, l+ / l_1). stable_rank: sum / l_1.
+    effective_rank: exp(entropy of l / sum); _share: of n; _of_null: of the law's. NaN if l has a NaN, or median 0."""
     n, total, largest, median = values.shape[-1], values.sum(-1), values.max(-1), np.median(values, -1)
     rank = np.exp(entr(values / total[..., None]).sum(-1))
     ranks = {"effective_rank": rank, "effective_rank_share": rank / n, "stable_rank": total / largest}
@@ -256,18 +228,46 @@ def spiked(p):
     return np.nan_to_num(p, nan=1).min(-1) * p.shape[-1] < 0.05
 
 
-number = np.vectorize(lambda x: float(f"{x:.6g}") if math.isfinite(x) else None, otypes=[object])  # JSON has no NaN
-to_json = partial(json.dumps, default=lambda array: number(array).tolist())
+@torch.no_grad()
+def second_moments(model, idx):
+    """For each layer, E[x x^T] (d, d), float64, where x is the input of its attention, averaged over idx (B, T)."""
+    moments = []
+
+    def add(_, inputs):
+        x = inputs[0].flatten(0, 1).cpu().double()
+        moments.append(x.mT @ x / len(x))
+
+    hooks = [block.attn.register_forward_pre_hook(add) for block in model.blocks]
+    model(idx)
+    for hook in hooks:
+        hook.remove()
+    return moments
+
+
+def logit_ranks(model, idx):
+    """The effective rank (L, H) of S M S, where S^2 is the second moment of the attention's input on tokens idx (B, T):
+    directions of M that inputs never take do not count. RoPE's rotations are left out (distance 0)."""
+    ranks = []
+    for block, moment in zip(model.blocks, second_moments(model, idx), strict=True):
+        values, vectors = torch.linalg.eigh(moment.nan_to_num(0, 0, 0))  # eigh fails on NaN
+        root, factors = vectors * values.clamp(min=0).sqrt(), qk_factors(block.attn)
+        whole = factors.get("both heads", factors["content heads"])
+        ranks.append(diagnose(eigenvalues([root.mT, *whole, root]), None)["effective_rank"])
+    return np.stack(ranks)
+
+
+rounded = np.vectorize(lambda x: float(f"{x:.6g}") if math.isfinite(x) else None, otypes=[object])  # JSON has no NaN
+to_json = partial(json.dumps, default=lambda array: rounded(array).tolist())
 
 
 def snapshot(model, step, options):
-    """A line of spectrum.jsonl. options: what the run was made with, and how it was seeded."""
+    """A line of spectrum.jsonl. options: the run's flags, the seed among them."""
     return to_json({"step": step, "config": asdict(model.config), "options": options, "spectra": spectra(model)})
 
 
 def read_run(folder):
-    """A run's spectrum.jsonl -> (its options but the seed as text, GPTConfig), S steps, spectra() with S as the first
-    axis. Skips damaged lines with a warning. InputError if none are left."""
+    """A run's spectrum.jsonl -> (its options without the seed, as text; its GPTConfig), S steps, and spectra() with a
+    first axis S. Skips damaged lines with a warning. InputError if none are left."""
     path, snapshots = folder / "spectrum.jsonl", {}
     for number, line in enumerate(path.read_text(errors="replace").splitlines() if path.is_file() else (), start=1):
         try:
@@ -296,7 +296,7 @@ DIAGNOSTICS = {  # table heading, format, figure label
 
 
 def table(diagnosed, rotated):
-    """One row per layer: diagnostics (L, H or 1), heads averaged -> those of rotated factors (draws, L, H or 1)."""
+    """One row per layer, means over heads: diagnosed (L, H or 1), or "diagnosed -> rotated" (draws, L, H or 1)."""
     shown = {name: row for name, row in DIAGNOSTICS.items() if name in diagnosed}
     lines = [" ".join(["layer", *(heading.rjust(14) for heading, _, _ in shown.values())])]
     for layer in range(len(diagnosed["effective_rank"])):
@@ -310,16 +310,16 @@ def table(diagnosed, rotated):
 def answers(steps, diagnosed):
     """Jha and Reagen's questions, answered in lines of text. diagnosed: (R, S, L, H), R seeds and S snapshots."""
 
-    def told(name):  # at the first and the last snapshot, mean ± deviation between seeds
+    def trend(name):  # from the first snapshot to the last, mean ± standard deviation over seeds
         values, style = np.nanmean(diagnosed[name], (2, 3)), DIAGNOSTICS[name][1]  # (R, S)
-        spread = [f" ±{x.std(ddof=1):{style}}" if len(x) > 1 else "" for x in values.T]
-        return " -> ".join(f"{values[:, i].mean():{style}}{spread[i]}" for i in sorted({0, len(steps) - 1}))
+        ends = values.T[sorted({0, len(steps) - 1})]
+        return " -> ".join(f"{x.mean():{style}}" + (f" ±{x.std(ddof=1):{style}}" if len(x) > 1 else "") for x in ends)
 
-    lines = [f"fit       KS distance to the null {told('ks')}"]
+    lines = [f"fit       KS distance to the null {trend('ks')}"]
     n = np.nanmean(diagnosed["effective_rank"] / diagnosed["effective_rank_share"])
-    if np.nanmean(diagnosed["ks"][:, -1]) > 0.1 + 1 / n:  # chance has less, at any n
-        lines += ["          The bulk does not fit the null, so eigenvalues beyond its edge are not all outliers"]
-    lines += [f"beyond    the edge: {told('outlier_share')} of the eigenvalues, {told('outlier_energy')} of their sum"]
+    if np.nanmean(diagnosed["ks"][:, -1]) > 0.1 + 1 / n:  # random matrices stay below this
+        lines += ["          The bulk does not fit the null, so eigenvalues beyond its edge need not be outliers"]
+    lines += [f"beyond    the edge: {trend('outlier_share')} of the eigenvalues, {trend('outlier_energy')} of the sum"]
     spikes, rank = spiked(diagnosed["p"]), np.nanmean(diagnosed["effective_rank"], -1)  # (R, S, L)
     layers = ", ".join(map(str, np.flatnonzero(spikes[:, -1].mean(0) > 0.5)))
     lines += [f"spikes    significant in layers: {layers or 'none'}"]
@@ -331,9 +331,9 @@ def answers(steps, diagnosed):
         lines += [f"collapse  effective rank changes when a layer first spikes: {np.nanmean(change[first]):+.1%}, "]
         both = np.argwhere(first.any(-1) & calm.any(-1))  # seeds and snapshots with layers of both kinds
         gaps = [change[i, j][first[i, j]].mean() - change[i, j][calm[i, j]].mean() for i, j in both]
-        lines[-1] += f"{np.mean(gaps):+.1%} against calm layers (n={len(gaps)})" if gaps else "in all layers left"
-    share, of_null = told("effective_rank_share"), told("effective_rank_of_null")
-    return [*lines, f"rank      {told('effective_rank')}: {share} of n; {of_null} of the null's"]
+        lines[-1] += f"{np.mean(gaps):+.1%} against calm layers (n={len(gaps)})" if gaps else "no calm layers left"
+    share, of_null = trend("effective_rank_share"), trend("effective_rank_of_null")
+    return [*lines, f"rank      {trend('effective_rank')}: {share} of n; {of_null} of the null's"]
 
 
 def draw_model(path, title, config, found, rotated, null):
@@ -388,14 +388,15 @@ def draw_dynamics(path, columns, title):
 
 
 def show(title, config, steps, found, null):
-    """Print answers about the spectra() (R, S, L, H, n) of R seeds, S snapshots -> {name: diagnostics}"""
+    """Print answers about the spectra() (R, S, L, H, n) of R seeds and S snapshots -> {name: diagnostics}"""
     print(f"{title}: {config.attn}, {config.n_layer} x {config.n_head} heads, {len(steps)} snapshots, step {steps[-1]}")
     diagnosed = {}
     for name, law in laws(config, null).items():
         diagnosed[name], (part, level) = diagnose(found[name], law), name.split()
         rank = np.nanmean(diagnosed[name]["effective_rank"][:, -1])
-        lines = answers(steps, diagnosed[name]) if law else [f"rank      {rank:.1f}; no null law for content + rotary"]
-        print(f"\n{part}, W_Q W_K^T of each {level.removesuffix('s')}, against the {null} null:", *lines, sep="\n  ")
+        lines = answers(steps, diagnosed[name]) if law else [f"rank      {rank:.1f} at the last snapshot"]
+        against = f"against the {null} null" if law else "content + rotary, which has no null law"
+        print(f"\n{part}, W_Q W_K^T of each {level.removesuffix('s')}, {against}:", *lines, sep="\n  ")
     return diagnosed
 
 
@@ -408,28 +409,27 @@ def analyse_model(path, args):
         raise InputError(f"--distance: must be from 0 to {longest} for this model")
     if args.data:
         meta, _, tokens = load_data(args.data)
-        if meta["vocab_size"] > config.vocab_size or len(tokens) < length:
+        if meta["vocab_size"] != config.vocab_size or len(tokens) < length:
             raise InputError(f"--data={args.data}: needs the model's tokenizer and {length:,} validation tokens")
         rows = torch.from_numpy(tokens[: 32 * length].astype(np.int64)).unfold(0, length, length)
         report["logit_ranks"] = ranks = logit_ranks(model, rows)
-        told = "; ".join(f"layer {layer} {x:.1f}" for layer, x in enumerate(np.nanmean(ranks, 1)))
-        print(f"effective rank of M on inputs from {args.data}: {told}\n")
+        print(f"effective rank of M on inputs from {args.data}, by layer:", *np.nanmean(ranks, 1).round(1), end="\n\n")
     for distance in args.distance:
         found, rotated, title = spectra(model, distance), {}, f"{path}, distance {distance}"
-        for layer in np.flatnonzero(np.isnan([*found.values()][-2]).any((1, 2))):  # of the last part's heads
+        for layer in np.flatnonzero(np.isnan(found.get("both heads", found["content heads"])).any((1, 2))):
             print(f"{path}: layer {layer} has weights that are not finite; those heads are skipped", file=sys.stderr)
-        diagnosed = show(title, config, [checkpoint["step"]], stack([stack([found])]), args.null)
-        report[f"distance {distance}"] = {"spectra": found, "diagnostics": diagnosed, "rotated": (turned := {})}
+        diagnosed = show(title, config, [checkpoint["step"]], stack([stack([found])]), args.null)  # R = S = 1
+        report[f"distance {distance}"] = {"spectra": found, "diagnostics": diagnosed, "rotated": {}}
         for name, law in laws(config, args.null).items():
-            before = {diagnostic: x[0, 0] for diagnostic, x in diagnosed[name].items()}
+            before, after = {diagnostic: x[0, 0] for diagnostic, x in diagnosed[name].items()}, {}
             print(f"\n{name}, distance {distance}{', mean over heads' * name.endswith('heads')}")
             if law:
                 draws = 20 if name.endswith("heads") else 4  # whole layers scatter less, and take longer
                 rotated[name] = np.stack([haar(qk_factors(b.attn, distance)[name], draws) for b in model.blocks], 1)
-                turned[name] = diagnose(rotated[name], law)
-                above = np.mean(before["mp_gap"] > turned[name]["mp_gap"].max(0))
-                print(f"a -> b: before and after random rotations. {above:.0%} have an MP-gap above all {draws} draws'")
-            print(table(before, {x: turned[name][x] for x in ("outlier_share", "mp_gap", "effective_rank") if law}))
+                report[f"distance {distance}"]["rotated"][name] = after = diagnose(rotated[name], law)
+                above = np.mean(before["mp_gap"] > after["mp_gap"].max(0))
+                print(f"a -> b: before and after random rotations. {above:.0%} exceed the MP-gap of all {draws} draws")
+            print(table(before, {x: after[x] for x in ("outlier_share", "mp_gap", "effective_rank") if law}))
     heads = {name: x for name, x in rotated.items() if name.endswith("heads")}
     draw_model(out / "spectrum.png", title, config, found, heads, args.null)
     (out / "spectrum.json").write_text(to_json(report))
@@ -449,7 +449,7 @@ def analyse_runs(paths, args):
         shown = diagnosed.keys() & {"content heads", "rotary heads"}
         columns += [(title + name, steps, diagnosed[name]) for name in sorted(shown)]
         report.append(dict(runs=names, null=args.null, config=asdict(config), steps=steps, diagnostics=diagnosed))
-    print("\nNulls differ between variants. To compare runs, use effective rank and its share of n.")
+    print("\nNulls differ between variants. To compare variants, use effective rank as a share of the null's.")
     out = args.out or Path(os.path.commonpath([path.absolute() for path in paths]))
     figure = out / f"dynamics_{args.null}.png"
     draw_dynamics(figure, columns, f"Each head's W_Q W_K^T in training, against the {args.null} null")

@@ -76,6 +76,7 @@ FLAGS = {  # name: type or choices, default, help. None: no value, or one that r
 MINIMUM = dict(batch_size=1, grad_accum=1, eval_interval=1, eval_steps=1, block_size=16, grad_clip=1e-9)
 MINIMUM |= dict(steps=0, lr=0, warmup=0, weight_decay=0, seed=0)
 CONVERTS = {"mha": "mla", "mha_rope": "mla_rope", "gqa": "mla_rope", "mla": "mla", "mla_rope": "mla_rope"}
+REVISION = f"git -C {quote(str(Path(__file__).parent))} describe --always --dirty --abbrev=40 --exclude='*' 2>/dev/null"
 PEAK_TFLOPS = {"H100": (989, 495), "H200": (989, 495), "A100": (312, 156), "L40S": (362, 183), "T4": (65, 8)}
 
 
@@ -105,15 +106,16 @@ def resolve(given):
     o.eval_interval = max(1, o.steps // 20) if o.eval_interval is None else o.eval_interval
     o.dtype = o.dtype or ("bfloat16" if fast_bfloat16(device) else "float16" if kind == "cuda" else "float32")
     for name, least in MINIMUM.items():
-        if not least <= getattr(o, name) < 2**32:
-            raise InputError(f"--{name}={getattr(o, name)}: must be at least {least} and less than 2**32")
+        most = 1 if name == "warmup" else 2**32 - 1
+        if not least <= getattr(o, name) <= most:
+            raise InputError(f"--{name}={getattr(o, name)}: must be from {least} to {most}")
     config = GPTConfig(**{name: value for name, value in vars(o).items() if name in GPTConfig.__dataclass_fields__})
     vars(o).update({name: value for name, value in asdict(config).items() if name in FLAGS})
     return o, config, start
 
 
 def read_start(given):
-    """Load the checkpoint for --resume or --init_from -> it, or None, and the flags with its own filled in."""
+    """Load the checkpoint for --resume or --init_from -> that checkpoint or None, and its flags, updated by `given`."""
     if given.get("resume"):
         start = load_checkpoint(Path(given.get("out", "out")) / "last.pt")[1]
         if "lines" not in start:
@@ -134,7 +136,7 @@ def read_start(given):
     possible = new["attn"] == CONVERTS.get(saved["attn"]) and (new["rank"] or 0) <= max_rank
     if any(new[name] != saved[name] for name in ("attn", "rank", "joint")) and (saved["latent_norm"] or not possible):
         known = "mha to mla; mha_rope, gqa to mla_rope; mla, mla_rope to a lower rank or joint; none with latent_norm"
-        raise InputError(f"--init_from: cannot convert {saved['attn']} like that. Conversions: {known}")
+        raise InputError(f"--init_from: no such conversion from {saved['attn']}. Possible: {known}")
     return start, new
 
 
@@ -169,7 +171,7 @@ def any_process(flag):
 
 def story_rows(tokens, end, length):
     """Split tokens into rows of at most `length` targets: one for each story, or several if the story is longer.
-    -> where rows start, and their lengths (int64). A row starts with the <|endoftext|> before its story."""
+    -> the rows' starts and lengths (int64). A row starts with the <|endoftext|> before its story."""
     ends = np.flatnonzero(tokens == end)
     starts = np.concatenate([np.arange(*story, length) for story in itertools.pairwise(ends)])
     return starts, np.diff(starts, append=ends[-1])
@@ -205,19 +207,19 @@ def convert(model, config, moments):
     old, weights, r, d = model.state_dict(), new.state_dict(), config.latent_dim, config.n_embd
     new.load_state_dict(weights | {n: w for n, w in old.items() if n in weights and w.shape == weights[n].shape})
     for block, new_block, moment in zip(model.blocks, new.blocks, moments, strict=True):
-        a, b = copy.deepcopy(block.attn).cpu().double(), new_block.attn
+        source, target = copy.deepcopy(block.attn).cpu().double(), new_block.attn
         if model.config.attn in MLA:
-            w_d = a.w_dk.weight, (a.w_dk if model.config.joint else a.w_dv).weight
-            w_k, w_v = ((w_u.weight @ w).mT for w_u, w in zip((a.w_uk, a.w_uv), w_d, strict=True))
+            w_d = source.w_dk.weight, (source.w_dk if model.config.joint else source.w_dv).weight
+            w_k, w_v = ((w_u.weight @ w).mT for w_u, w in zip((source.w_uk, source.w_uv), w_d, strict=True))
         else:  # each head has a copy of its group's keys and values
-            heads = (w.weight.unflatten(0, (-1, config.head_dim)) for w in (a.w_k, a.w_v))
+            heads = (w.weight.unflatten(0, (-1, config.head_dim)) for w in (source.w_k, source.w_v))
             w_k, w_v = (w.repeat_interleave(config.n_head // len(w), 0).flatten(0, 1).mT for w in heads)
         if config.joint:
             down, up = compress(torch.cat((w_k, w_v), 1), moment, r)
-            pairs = (b.w_dk, down), (b.w_uk, up[:, :d]), (b.w_uv, up[:, d:])
+            pairs = (target.w_dk, down), (target.w_uk, up[:, :d]), (target.w_uv, up[:, d:])
         else:
             (down_k, up_k), (down_v, up_v) = compress(w_k, moment, r), compress(w_v, moment, r)
-            pairs = (b.w_dk, down_k), (b.w_uk, up_k), (b.w_dv, down_v), (b.w_uv, up_v)
+            pairs = (target.w_dk, down_k), (target.w_uk, up_k), (target.w_dv, down_v), (target.w_uv, up_v)
         for linear, matrix in pairs:
             linear.weight.copy_(matrix.mT)
     return new
@@ -298,6 +300,7 @@ class Run:
 
     def __init__(self, given):
         self.options, self.config, start = resolve(given)  # wrong flags fail here, before data is made
+        self.made_by = dict(revision=getoutput(REVISION), torch=str(torch.__version__))  # at the start: code may change
         o, config, size, self.out = self.options, self.config, self.config.block_size, Path(self.options.out)
         self.device, self.process, self.processes = set_up_device(o)
         self.leader = self.process == 0  # only this process reports and writes
@@ -307,7 +310,7 @@ class Run:
         self.meta, self.train_tokens, self.val_tokens = load_data(o.data)
         self.facts = {key: value for key, value in self.meta.items() if key != "val_nats"}
         # Converts nats per token to bits per byte, which do not depend on the tokenizer
-        self.bits_per_byte = self.meta["val_tokens"] / self.meta["val_bytes"] / math.log(2)
+        self.to_bits_per_byte = self.meta["val_tokens"] / self.meta["val_bytes"] / math.log(2)
         if o.resume and start["meta"] != self.facts:
             raise InputError(f"--resume: --data={o.data} is not what the run was trained on")
         if start and any(start["meta"][name] != self.meta[name] for name in ("tokenizer", "vocab_size")):
@@ -354,7 +357,7 @@ class Run:
             self.map = ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(threads,)).map
 
     def backward(self, starts):
-        """Backpropagate one batch of a step, and return its share of the loss. Rows may end within a story."""
+        """Backpropagate one batch of a step, and return its share of the loss. Rows run on into the next story."""
         idx, targets = batch(self.train_tokens, starts, self.config.block_size, self.device)
         with self.autocast():
             loss = self.net(idx, targets)[1] / self.options.grad_accum
@@ -393,8 +396,8 @@ class Run:
         """Return the validation loss in nats per token, and the floor: a perfect model's loss on the same tokens, or
         None if unknown. batches=None uses all data."""
         model.eval()
-        total, count, size = 0.0, 0, self.options.batch_size // self.processes  # what fits on one process
-        for i in range(0, len(self.val_rows[0]), size)[: batches and batches * self.processes]:  # the leader does all
+        total, count, size = 0.0, 0, self.options.batch_size // self.processes  # rows per process
+        for i in range(0, len(self.val_rows[0]), size)[: batches and batches * self.processes]:  # all on the leader
             starts, lengths = (column[i : i + size] for column in self.val_rows)
             with self.autocast():
                 loss = model(*batch(self.val_tokens, starts, lengths, self.device))[1]
@@ -404,12 +407,9 @@ class Run:
         return float(total) / count, floor
 
     def save(self, step, val_loss=None, floor=None):
-        """Write last.pt and the logs; and if val_loss is given and the best so far, ckpt.pt."""
-        folder = quote(str(Path(__file__).parent))
-        revision = f"git -C {folder} describe --always --dirty --abbrev=40 --exclude='*' 2>/dev/null"
-        checkpoint = dict(format=FORMAT, config=asdict(self.config), model=self.model.state_dict(), step=step)
-        checkpoint |= dict(val_loss=val_loss, floor=floor, meta=self.facts, options=vars(self.options))
-        checkpoint |= dict(made_by={"revision": getoutput(revision), "torch": str(torch.__version__)})
+        """Write last.pt and the logs, and ckpt.pt if val_loss is the best so far."""
+        checkpoint = dict(format=FORMAT, made_by=self.made_by, config=asdict(self.config), options=vars(self.options))
+        checkpoint |= dict(meta=self.facts, model=self.model.state_dict(), step=step, val_loss=val_loss, floor=floor)
         if val_loss is not None and val_loss < self.best_val_loss:
             self.best_val_loss = val_loss
             write(self.out / "ckpt.pt", checkpoint)
@@ -426,8 +426,7 @@ class Run:
 
     def check_finite(self, step, loss):
         if not math.isfinite(loss):
-            kept = f"the checkpoints in {self.out} are from before that. Try an --lr below {self.options.lr}"
-            raise FloatingPointError(f"by step {step} the loss is {loss}; {kept}")
+            raise FloatingPointError(f"by step {step} the loss is {loss}; lower --lr. Older checkpoints: {self.out}")
 
     def report(self, step):
         """Evaluate, print a line, log it, and save."""
@@ -437,7 +436,7 @@ class Run:
         val_loss, floor = self.evaluate(self.model, o.eval_steps)
         self.check_finite(step, sum(losses) + val_loss)
         loss = sum(losses) / len(losses) if losses else None
-        over = val_loss - floor if floor else val_loss * self.bits_per_byte
+        over = val_loss - floor if floor else val_loss * self.to_bits_per_byte
         rate = steps_timed * tokens / seconds if steps_timed else None
         mfu = rate and utilization(rate / self.processes, self.model, self.device, o.dtype)
         left = rate and (o.steps - step) * tokens / rate / 60
@@ -500,7 +499,7 @@ class Run:
         on = f"on all {self.meta['val_stories']:,} validation stories, after {checkpoint['step']} steps"
         print(f"\nval loss {loss:.4f} nats per token {on}")
         if not floor:
-            print(f"         {loss * self.bits_per_byte:.4f} bits per byte of text")
+            print(f"         {loss * self.to_bits_per_byte:.4f} bits per byte of text")
         else:
             print(f"excess   {loss - floor:.4f} above the floor of {floor:.4f}, the loss of a perfect model")
             try:

@@ -26,8 +26,8 @@ from spectrum import NULLS, diagnose, haar, laws, qk_factors, spectra, spiked
 DISTANCES = (0, 16, 32, 64, 128)  # tokens since a word was last mentioned: from each to the next
 STORIES = 50  # to judge, of each model
 LEARNT = ("runs", "kv_bytes", "val_loss", "excess", "loss_to_mha", "lost", "recall", "grammar", "consistency", "copied")
-SPECTRA = {"effective rank": ".1f", "share of n": ".0%", "spiked": ".0%", "beyond chain": ".0%", "beyond mp": ".0%"}
-SPECTRA |= {"MP-gap": ".3g", "MP-gap rotated": ".3g"}
+SPECTRA = {"effective rank": ".1f", "share of n": ".0%", "of the null's": ".0%", "spiked": ".0%", "MP-gap": ".3g"}
+SPECTRA |= {"MP-gap rotated": ".3g", "beyond chain": ".0%", "beyond mp": ".0%"}
 RECIPE = ("attn", "rank", "joint", "latent_norm", "q_rank", "kv_bytes", "optimizer", "lr", "steps", "source", "data")
 
 
@@ -57,6 +57,7 @@ def score(folder):
         found[f"{part}: effective rank"] = diagnosed["effective_rank"].mean(1)
         found[f"{part}: share of n"] = diagnosed["effective_rank_share"].mean(1)
         if chain:
+            found[f"{part}: of the null's"] = diagnosed["effective_rank_of_null"].mean(1)
             turned = [haar(qk_factors(block.attn)[part], 20) for block in model.blocks]
             found[f"{part}: spiked"] = spiked(diagnosed["p"]).astype(float)
             found[f"{part}: beyond chain"] = diagnosed["outlier_share"].mean(1)
