@@ -1,4 +1,4 @@
-"""What every script shares: errors that end in one line, the command line, the tokenizer, the token files."""
+"""Shared by all scripts: one-line errors, the command line, the tokenizer, the token files."""
 
 import argparse
 import base64
@@ -19,7 +19,7 @@ MAX_VOCAB = 2**16  # tokens are stored as uint16
 
 
 class InputError(ValueError):
-    """Wrong user input. The message says what is wrong and how to mend it."""
+    """Wrong user input. The message says what is wrong and how to fix it."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -34,7 +34,7 @@ class Parser(argparse.ArgumentParser):
 
 def run(main):
     """Run a script's main(). Wrong input ends in one line and exit status 2, a failing machine in one line and 1.
-    Anything else is a bug, and shows as a traceback."""
+    Anything else is a bug and shows a traceback."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that temporary files are removed
     try:
         main()
@@ -49,7 +49,7 @@ def run(main):
     except (MemoryError, RuntimeError) as error:
         out_of_memory = getattr(sys.modules.get("torch"), "OutOfMemoryError", MemoryError)
         if not isinstance(error, (MemoryError, out_of_memory)) and "DefaultCPUAllocator: " not in str(error):
-            raise  # a bug; but PyTorch has no class of its own for a CPU whose memory runs out
+            raise  # a bug. (On a CPU without free memory, PyTorch raises a plain RuntimeError)
         status, message = 1, f"not enough memory; choose a smaller size, batch or context ({str(error)[:150]})"
     except KeyboardInterrupt:
         status, message = 130, "interrupted"
@@ -86,7 +86,7 @@ def fast_bfloat16(device):
 def load_tokenizer(name):
     """A tiktoken.Encoding: "stories", which ships with this file, or one of tiktoken's own, such as "gpt2".
 
-    tiktoken downloads its own once. Raises InputError for an unknown name or more than 65,536 tokens."""
+    tiktoken downloads each of its own once. Raises InputError for an unknown name or more than 65,536 tokens."""
     import tiktoken  # here, because `import model` needs no tokenizer
 
     if name == "stories":
@@ -105,29 +105,29 @@ def load_tokenizer(name):
 
 
 def load_data(name):
-    """Read what data/prepare.py made: a folder's name in data/, or its path. Return meta (a dict), train and val
-    (uint16, memory-mapped). Raises InputError if something is missing, cut short or does not belong together."""
+    """Load a data set of data/prepare.py, by its name in data/ or its path. Return meta (a dict), train and val
+    (uint16, memory-mapped). Raises InputError if something is missing, truncated or inconsistent."""
     folder = DATA / name if (DATA / name / "meta.json").exists() else Path(name)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such data folder; make one with data/prepare.py")
     try:
         meta = json.loads((folder / "meta.json").read_text())
-        splits = [np.memmap(folder / f"{name}.bin", dtype=np.uint16, mode="r") for name in ("train", "val")]
-        for name, tokens in zip(("train", "val"), splits, strict=True):
-            expected = meta[f"{name}_tokens"] + 1, meta[f"{name}_stories"] + 1
+        splits = {name: np.memmap(folder / f"{name}.bin", dtype=np.uint16, mode="r") for name in ("train", "val")}
+        for split, tokens in splits.items():
+            expected = meta[f"{split}_tokens"] + 1, meta[f"{split}_stories"] + 1
             if (len(tokens), np.count_nonzero(tokens == meta["end"])) != expected or tokens.max() >= meta["vocab_size"]:
-                raise ValueError(f"{name}.bin and meta.json do not fit together")
+                raise ValueError(f"{split}.bin and meta.json do not fit together")
         if meta["val_bytes"] < 1 or (meta["val_nats"] and len(meta["val_nats"]) != meta["val_stories"]):
             raise ValueError("meta.json contradicts itself")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{folder}: damaged or of an older version ({error}); make it again with data/prepare.py"
         ) from error
-    return meta, *splits
+    return meta, *splits.values()
 
 
 def read_txt(path):
-    """Yield the texts between <|endoftext|>, or between blank lines if the file has none, without holding the file."""
+    """Yield the texts between <|endoftext|>, or between blank lines if the file has none, reading line by line."""
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file")
     with open(path, "rb") as file:

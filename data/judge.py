@@ -4,10 +4,10 @@ A story is matched against the tellings of world.txt, and what it mentions is co
 
     grammar       0 to 10: the share of words in sentences of the world, capitals and punctuation included
     consistency   0 to 10: the share of checkable statements that agree with what was told: somebody or something
-                  mentioned again, a pronoun, a colour, a fact recalled. A story without statements has 0
-    copied        0 to 1: the longest run of words from one training story, as a share of the story. A copy has 1
+                  mentioned again, a pronoun, a colour, a fact recalled. A story without statements gets 0
+    copied        0 to 1: the longest run of words from one training story, as a share of the story. A copy gets 1
 
-Mehta et al. 2025 asked GPT-4 for such scores; "copied" stands for its creativity. Repetition costs nothing.
+Mehta et al. 2025 asked GPT-4 for such scores; "copied" takes the place of its creativity. Repetition costs nothing.
 """
 
 import re
@@ -27,8 +27,8 @@ from data import stories as world
 from data.common import DATA, InputError, Parser, load_data, load_tokenizer, read_txt, run
 from data.stories import LISTS, PEOPLE, PRONOUNS, role_of, words_of
 
-CHANGING = {"friend", "thing", *map(role_of, re.findall(r"\{\+(\w+)", world.WORLD))}  # roles that are filled again
-SENTENCE_END = re.compile(r'(?<=[.!?]) (?=["A-Z])|(?<=[.!?]") (?=["A-Z])')
+CHANGING = {"friend", "thing", *map(role_of, re.findall(r"\{\+(\w+)", world.WORLD))}  # roles that can be cast again
+SENTENCE_END = re.compile(r'(?<=[.!?]) (?=["A-Z])|(?<=[.!?]") (?=["A-Z])')  # in a story; below, in a template
 TEMPLATE_END = re.compile(r'(?<=[.!?]) (?=["A-Z{[])|(?<=\.") |(?<=[!?]") (?=["A-Z]|\{(?:hero|friend|child)\})')
 CHILD = {str(name): child for child in PRONOUNS for name in LISTS[child]}
 
@@ -75,7 +75,7 @@ class Telling:
 
 @cache
 def tellings():
-    """All tellings of all events; and all their sentences, for those that stand alone."""
+    """All tellings of all events; and all their sentences, for stories that hold only a part of a telling."""
     lines = {line for _, lines in world.EVENTS.values() for line in lines}
     sentences = sorted({sentence for line in lines for sentence in TEMPLATE_END.split(line)})
     whole = [Telling(event, facts, line) for event, (facts, lines) in world.EVENTS.items() for line in lines]
@@ -88,7 +88,7 @@ Statement = namedtuple("Statement", "says agrees source")
 
 @dataclass
 class Passage:
-    """A telling, with its event and who and what is in it; or a sentence that stands alone, or does not parse."""
+    """A part of a story: a telling of an event, a single sentence of one, or text that does not parse."""
 
     text: str
     parsed: bool
@@ -109,34 +109,34 @@ class Reader:
         self.known = defaultdict(dict)  # {role: {who or what: {what is said about it: (value, passage)}}}
         self.cast = {}  # {slot: who or what}
         self.state = {}  # {(subject, relation): (object, passage)}
-        self.unread = set()  # words of what did not parse
+        self.unread = set()  # words of passages that did not parse
         self.passages = []
         position = 0
         while position < len(self.text):
             position = self.read(position) + 1
 
     def read(self, start):
-        """Read the passage that begins there -> its end."""
+        """Read the passage that begins at `start` -> its end."""
         for options in tellings():
             found = [(telling, match) for telling in options if (match := telling.regex.match(self.text, start))]
             found = [(telling, match) for telling, match in found if world.capitalise(match[0]) == match[0]]
             if found:
                 end = max(match.end() for _, match in found)
-                self.tell([(telling, match) for telling, match in found if match.end() == end])
+                self.take_in([(telling, match) for telling, match in found if match.end() == end])
                 return end
         match = SENTENCE_END.search(self.text, start)
         end = match.start() if match else len(self.text)
         self.passages.append(Passage(self.text[start:end], False))
-        self.lose(self.text[start:end])
+        self.forget(self.text[start:end])
         return end
 
-    def lose(self, text):
+    def forget(self, text):
         """Forget the state of everybody named in a passage that did not parse."""
         words = words_in(text)
         self.unread |= words
         self.state = {key: value for key, value in self.state.items() if not words_in(key[0]) <= words}
 
-    def doubt(self, *words):
+    def may_have_read(self, *words):
         """Could an unread passage have mentioned them? Verbs do not count: it may have "fed the ducks"."""
         return any(words_in(word.partition(" ")[2] or word) <= self.unread for word in words)
 
@@ -146,8 +146,8 @@ class Reader:
     def known_as(self, slot):
         return self.known["person" if role_of(slot) in PEOPLE else role_of(slot)]
 
-    def tell(self, found):
-        """Take in a telling. If several match, the first whose new slots are new (of a lone sentence, others known)."""
+    def take_in(self, found):
+        """Take in the first telling whose new names are unknown (and, in a lone sentence, whose others are known)."""
         for telling, match in found:
             filled = [(m, m.values[match[m.group]]) for m in telling.mentions if match[m.group] is not None]
             named = [(m.slot in telling.anew, name in self.known_as(m.slot)) for m, name in filled if not m.attribute]
@@ -155,25 +155,25 @@ class Reader:
                 break
         self.passages.append(Passage(match[0], True, telling.event))
         for m, value in sorted(filled, key=lambda mention: mention[0].attribute != ""):  # names first
-            self.describe(m.slot, m.attribute, value) if m.attribute else self.name(m.slot, value, telling)
+            self.describe(m.slot, m.attribute, value) if m.attribute else self.mention(m.slot, value, telling)
         for fact in telling.facts:
             self.recall_or_set(*fact)
         if telling.event is None:
-            self.lose(match[0])
+            self.forget(match[0])
 
-    def name(self, slot, name, telling):
-        """Somebody or something is named. Is it known, and is it the one that it must be?"""
+    def mention(self, slot, name, telling):
+        """Somebody or something is named. Is it known, and is it the right one?"""
         known, here, now, role = self.known_as(slot), self.passages[-1].cast, len(self.passages) - 1, role_of(slot)
         place, anew = self.cast.get("place"), slot in telling.anew
         before = here.get(slot) or (None if role in CHANGING or anew else self.cast.get(slot))
         here[slot] = name
         if before not in (None, name):
             self.check(f"{name}, not {before}", False, known[before]["since"][1] if before in known else now)
-            return  # it is still the other
+            return  # the slot keeps what it had
         if name in known and not anew:
             two = role != "hero" and name == self.cast.get("hero")
             self.check(f"{name}: the hero" if two else name, not two, known[name]["since"][1])
-        elif not telling.introduces(slot) and not self.doubt(name):
+        elif not telling.introduces(slot) and not self.may_have_read(name):
             self.check(f"{name} was not in the story", False)
         elif role in ("spot", "helper", "fun") and place:
             at = next(word.at for word in LISTS["place"] if word == place)
@@ -202,7 +202,7 @@ class Reader:
             known[name][attribute] = value, len(self.passages) - 1
 
     def recall_or_set(self, slot, relation, value, mode):
-        """As Author does, except that what is recalled is compared."""
+        """Like Author.say, but a recalled fact that does not hold is a statement that disagrees, not an error."""
         subject, (of, _, attribute) = self.cast.get(slot, slot), value.partition(".")
         if attribute:  # checked where it is mentioned
             return
@@ -211,7 +211,7 @@ class Reader:
             self.state[subject, relation] = value, len(self.passages) - 1
             return
         old, source = self.state.get((subject, relation), (None, None))
-        if old is not None or not (mode == "!" or self.doubt(subject, value)):
+        if old is not None or not (mode == "!" or self.may_have_read(subject, value)):
             self.check(f"{subject}: {relation} {value}", (old == value) == (mode == "?"), source)
 
 
@@ -228,9 +228,9 @@ def consistency(passages):
 
 
 def copied(stories, train, end):
-    """The longest run of each story, an array of tokens, that also stands in a story of train, as a share of the story.
+    """For each story, an array of tokens: its longest run that also occurs in one story of train, over its length.
 
-    Runs of the stories are numbered. Those that stand in train, too, grow by one token until none is left."""
+    Starts from single tokens. Numbers the runs that stories share with train, and extends them, until none is left."""
     text = np.concatenate([train, *(np.append(story, end) for story in stories)]).astype(np.int64)
     owner = np.repeat(np.arange(len(stories) + 1), [len(train), *(len(story) + 1 for story in stories)])
     longest, starts = np.zeros(len(stories) + 1), np.flatnonzero(text != end)
@@ -253,7 +253,7 @@ def copied(stories, train, end):
 def judge(texts, data):
     """Score stories: {"grammar": array, "consistency": array, "copied": array}, and the readings.
 
-    data: what load_data() gives for the stories that the author of the texts has read."""
+    data: load_data() of the stories that the author of the texts was trained on."""
     meta, train, _ = data
     encode = load_tokenizer(meta["tokenizer"]).encode_ordinary
     tokens = [np.array(encode(" ".join(text.split()))) for text in texts]
@@ -263,7 +263,7 @@ def judge(texts, data):
 
 
 def mean_and_error(values, groups=None):
-    """The mean and its standard error, None if undefined. Values of one group are not independent."""
+    """The mean and its standard error, None if undefined. Values with equal entries in groups are not independent."""
     if len(values) == 0:
         return None, None
     groups = np.arange(len(values)) if groups is None else np.unique(groups, return_inverse=True)[1]
@@ -273,13 +273,13 @@ def mean_and_error(values, groups=None):
 
 
 def recall(model, data, stories=None):
-    """How well a model recalls the words that a story so far decides, in unseen stories of the world -> two dicts.
+    """How well a model recalls the words that a story so far determines, in unseen stories of the world -> two dicts.
 
-    Arrays, a number a word: story; distance, in tokens from its last mention; p, the probability that the model gives
-    to it among all words of its category; chance, that of a guess among all; copying, that of a guess among those that
-    the story has used; asked, is a fact recalled that copying cannot answer?
-    Numbers: recall (with recall_error), chance and copying, means over the words asked for; in nats per token, over the
-    stories that fit into the context, excess and lost, the part of it at decided words (a perfect model loses none)."""
+    Arrays, one entry per word: story, its number; distance from its last mention, in tokens; p, its probability by the
+    model among all words of its category; chance, by a guess among all of them; copying, by a guess among those that
+    the story has used; asked: is a fact recalled that copying cannot answer?
+    Numbers: recall (with recall_error), chance and copying are means over the words asked for. excess is in nats per
+    token over all stories that fit into the context; lost is the part of it at determined words, 0 if perfect."""
     import torch  # here, because reading stories needs no torch
 
     meta, _, val = data
@@ -289,7 +289,7 @@ def recall(model, data, stories=None):
     @cache
     def candidates(category, form, space, capital):
         words = [word.form(form) for word in words_of(category)]
-        return [tokenizer.encode_ordinary(" " * space + (w[0].upper() + w[1:] if capital else w)) for w in words]
+        return [tokenizer.encode_ordinary(" " * space + (world.capitalise(w) if capital else w)) for w in words]
 
     unseen = np.split(val, np.flatnonzero(val == meta["end"]))[1:-1]  # each with its <|endoftext|> in front
     for number, tokens in enumerate(unseen[:stories]):
@@ -305,18 +305,20 @@ def recall(model, data, stories=None):
         logits = logits[0].cpu().double()
         scored += len(tokens)
         excess += loss.item() * len(tokens) - story.nats
-        for word, (position, distance) in zip(story.decided, positions, strict=True):
+        for word, (position, distance) in zip(story.determined, positions, strict=True):
             before, capital = story.text[word.start - 1], story.text[word.start].isupper()
             every = left = candidates(word.category, word.form, before == " ", capital)
             p, i = 1.0, 0
             while nexts := sorted({option[i] for option in left if len(option) > i}):
                 token = written[position + i]
+                if i and token not in nexts:  # the word is complete; a longer one begins like it: cap, cape
+                    break
                 p *= logits[position + i, nexts].softmax(0)[nexts.index(token)].item()
                 left = [option for option in left if option[i : i + 1] == [token]]
                 i += 1
             rows.append((number, distance, p, 1 / len(every), 1 / word.used, word.asked and word.used > 1))
     if not any(asked for *_, asked in rows):
-        raise InputError(f"no validation story of at most {model.config.block_size} tokens asks for a word")
+        raise InputError(f"no validation story of at most {model.config.block_size} tokens asks for a fact")
     found = dict(zip(("story", "distance", "p", "chance", "copying", "asked"), np.array(rows).T, strict=True))
     found["asked"] = asked = found["asked"].astype(bool)
     mean, error = mean_and_error(found["p"][asked], found["story"][asked])
@@ -327,7 +329,7 @@ def recall(model, data, stories=None):
 
 
 def explain(passages):
-    """What is wrong with a story: each passage that does not parse or contradicts, and below it what it contradicts."""
+    """Yield lines: each passage that does not parse or contradicts the story, and below it what it contradicts."""
     for passage in passages:
         wrong = [statement for statement in passage.statements if not statement.agrees]
         if wrong or not passage.parsed:
@@ -340,11 +342,11 @@ def main():
     parser = Parser(description="Score stories: grammar, consistency, and how much is copied.")
     parser.add_argument("file", type=Path, help="stories with <|endoftext|> or blank lines between them")
     parser.add_argument("--explain", action="store_true", help="say what is wrong with each story")
-    parser.add_argument("--data", type=Path, default=DATA / "stories", help="what may have been copied (%(default)s)")
+    parser.add_argument("--data", type=Path, default=DATA / "stories", help="data to look for copies in (%(default)s)")
     args = parser.parse_args()
     texts = [re.sub(r"(?m)^\([\d.]+ nats\)$", "", text).strip() for text in read_txt(args.file)]  # of stories.py tell
     if not (texts := [text for text in texts if text]):
-        raise InputError(f"{args.file}: is empty: no stories to judge")
+        raise InputError(f"{args.file}: no stories to judge")
     scores, readings = judge(texts, load_data(args.data))
     for i, passages in enumerate(readings if args.explain else ()):
         print(f"story {i + 1}: " + ", ".join(f"{name} {values[i]:.2f}" for name, values in scores.items()))

@@ -13,7 +13,7 @@ import signal
 import sys
 import tempfile
 from functools import partial
-from itertools import chain, count, islice
+from itertools import chain, islice
 from multiprocessing import Pool
 from pathlib import Path
 
@@ -37,19 +37,17 @@ def read_rows(source, split):
     for name in ("datasets", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # errors are reported below
     file = dict(path="json" if source.endswith(".jsonl") else "parquet", data_files=glob.escape(source))
-    dataset, blame = (dict(path=TINYSTORIES), OSError) if source == "tinystories" else (file, InputError)
-    rows = None
-    for number in count(1):
-        try:
-            rows = rows or iter(datasets.load_dataset(**dataset, split=split, streaming=True))
-            row = next(rows, None)
-        except Exception as error:  # of datasets, pyarrow or the HTTP client, which share no other class
-            raise blame(f"{source}: cannot be read from row {number}: {str(error) or type(error).__name__}") from error
-        if row is None:
-            return
-        if not isinstance(row.get("text"), str):
-            raise InputError(f"{source}: row {number} has no string in a column `text`")
-        yield row["text"]
+    dataset, kind = (dict(path=TINYSTORIES), OSError) if source == "tinystories" else (file, InputError)
+    number = 0
+    try:
+        for number, row in enumerate(datasets.load_dataset(**dataset, split=split, streaming=True), start=1):
+            if not isinstance(row.get("text"), str):
+                raise InputError(f"{source}: row {number} has no string in a column `text`")
+            yield row["text"]
+    except InputError:
+        raise
+    except Exception as error:  # of datasets, pyarrow or the HTTP client: no common class
+        raise kind(f"{source}: cannot be read from row {number + 1}: {str(error) or type(error).__name__}") from error
 
 
 def read_stories(source, split="train"):
@@ -72,19 +70,19 @@ def write_story(seed, encoding, index):
 
 
 def start_worker():
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Pool ends its workers by it, and run() has changed what it does
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # how Pool stops its workers; run() has given it a handler
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends its workers
 
 
-def tokenize(source, stories, official, seed, encoding):
-    """Yield (tokens, nats) of each story, those for validation last; nats is None for real text."""
+def tokenize(source, stories, own_val, seed, encoding):
+    """Yield (tokens, nats) of each story, those for validation last. nats: None for real text; own_val: see prepare."""
     if source == "stories":
         with Pool(initializer=start_worker) as pool:
             yield from pool.imap(partial(write_story, seed, encoding), range(stories), chunksize=500)
         return
     texts = islice(read_stories(source), stories)
     if source == "tinystories":  # which has a split for validation
-        texts = chain(texts, islice(read_stories(source, "validation"), official))
+        texts = chain(texts, islice(read_stories(source, "validation"), own_val))
     while batch := list(islice(texts, 256)):
         yield from ((tokens, None) for tokens in encoding.encode_ordinary_batch(batch))
 
@@ -92,7 +90,7 @@ def tokenize(source, stories, official, seed, encoding):
 def is_ready(folder, meta):
     """Does the folder hold this data set? Raises InputError if it holds anything else."""
     if others := {path.name for path in folder.glob("[!.]*")} - {"train.bin", "val.bin", "meta.json"}:
-        raise InputError(f"{folder}: holds {min(others)}, which is no data set; move it elsewhere")
+        raise InputError(f"{folder}: holds {min(others)}, which is not part of a data set; move it elsewhere")
     try:
         old = {} | json.loads((folder / "meta.json").read_text())
     except (OSError, ValueError, TypeError):  # nothing there, or damaged
@@ -111,15 +109,15 @@ def prepare(source="stories", stories=None, tokenizer=None, seed=0, root=DATA):
     """Write a data set to root/<name>/ and return that folder. If it is there already, do nothing.
 
     source: "stories", "tinystories" or a file; stories: how many (100,000, or all of a file); seed: of the world.
-    The last twentieth, 1,000 stories at most, is for validation; that of TinyStories comes from its own split.
+    The last twentieth, 1,000 stories at most, is for validation; TinyStories has a split of its own for that.
     Raises InputError for bad input or if the folder holds other data, OSError if the network or the disk fails."""
     path, is_file = Path(source), source not in ("stories", "tinystories")
     if is_file and (path.suffix not in (".txt", ".jsonl", ".parquet") or not path.is_file()):
-        raise InputError(f"{source}: no such file; must be stories, tinystories or a .txt, .jsonl or .parquet file")
+        raise InputError(f"{source}: must be stories, tinystories or an existing .txt, .jsonl or .parquet file")
     if is_file and (path.stem in ("stories", "tinystories") or path.stem.startswith(".")):
         raise InputError(f"{source}: data/{path.stem} is not for files; rename the file")
-    if stories is not None and stories < 2:
-        raise InputError(f"--stories={stories}: must be at least 2, one to train on and one to validate on")
+    if stories is not None and not 2 <= stories < 2**32:
+        raise InputError(f"--stories={stories}: must be at least 2, one to train and one to validate on, and < 2**32")
     stories = stories or (None if is_file else 100_000)
     encoding = load_tokenizer(tokenizer or ("stories" if source == "stories" else "gpt2"))
     meta = {"source": path.name, "stories": stories, "tokenizer": encoding.name}
@@ -136,15 +134,15 @@ def prepare(source="stories", stories=None, tokenizer=None, seed=0, root=DATA):
     with tempfile.TemporaryDirectory(prefix=f".{path.stem}-", dir=root) as temporary:
         scratch, end, lengths, nats = Path(temporary) / "data", encoding.eot_token, [], []
         scratch.mkdir()
-        official = max(1, min(1000, (stories or 0) // 20))
+        own_val = max(1, min(1000, (stories or 0) // 20))  # stories from TinyStories' validation split
         with open(scratch / "train.bin", "wb") as file:
             file.write(np.uint16(end).tobytes())
-            documents = tokenize(source, stories, official, seed, encoding)
-            for tokens, information in tqdm(documents, total=stories, unit=" stories", mininterval=1):
+            documents = tokenize(source, stories, own_val, seed, encoding)
+            for tokens, story_nats in tqdm(documents, total=stories, unit=" stories", mininterval=1):
                 file.write(np.array([*tokens, end], dtype=np.uint16).tobytes())
                 lengths.append(len(tokens) + 1)
-                nats.append(information)
-        val_stories = official if source == "tinystories" else max(1, min(1000, len(lengths) // 20))
+                nats.append(story_nats)
+        val_stories = own_val if source == "tinystories" else max(1, min(1000, len(lengths) // 20))
         train_stories = len(lengths) - val_stories
         if train_stories < 1 or min(lengths) < 2:
             raise InputError(f"{source}: too short: nothing to train on")
@@ -173,8 +171,8 @@ def main():
         "the world of data/stories.py (default), TinyStories (downloaded), a .txt with <|endoftext|> or blank lines "
         "between stories, or a .jsonl or .parquet with a column `text`"))  # fmt: skip
     parser.add_argument("--stories", type=int, help="how many (default: 100000, or all of a FILE)")
-    parser.add_argument("--tokenizer", help="stories, gpt2 (default, but for stories), or another one of tiktoken")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, other stories of the world (default: 0)")
+    parser.add_argument("--tokenizer", help="stories, gpt2 (default for all but stories), or another of tiktoken's")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the story world (default: 0)")
     prepare(**vars(parser.parse_args()))
 
 

@@ -1,4 +1,4 @@
-"""A small world in which stories happen: simple English, a state that later sentences must agree with, known entropy.
+"""A small story world: simple English, a state that later sentences must agree with, and a known entropy.
 
 Story i of a seed is a pure function of (seed, i). It follows a plot, and every random choice of its author goes through
 Author.choose, which adds up -log p. Different choices give different texts, so the sum is the exact information content
@@ -7,7 +7,7 @@ of the text, -log P(text). Its mean per token is the floor: the loss in nats tha
 world.txt holds the words, plots and sentences, for writing here and for reading in judge.py:
     @name = word, word, ...     a list of words; verb:past object gives two forms ("feed:fed the ducks")
     > plot: step step? a|b      steps: events, or names of other steps; `a|b` takes one, a step with `?` may be left out
-            event*45 each:event     tell it 4 or 5 times, newly cast each time; then recall these casts in random order
+            event*45 each:event     tell it 4 or 5 times, each time with a new cast; recall these casts in random order
     == event: FACT, FACT        an event, what it says about the state, and below it the ways to tell it, one a line
     {slot} or {slot.form}       somebody or something in the story, cast at the first mention; {+slot} casts it anew;
                                 food2 is another food; {thing.a} is "a fine red drum"
@@ -36,7 +36,7 @@ WORLD = re.sub(r"\{(\+?)((?:thing|fragile)\d?)\.a\}", r"{\1\2.article} {\2.quali
 
 
 def capitalise(text):
-    """Give sentences their capital letters: "Oh!" she said. She said, "only a sock"."""
+    """Capitalise sentences: "Oh!" she said. But not a quotation after a comma: She said, "only a sock"."""
     return re.sub(r'(^|\n|[.!?] |\." |(?<!, )")([a-z])', lambda m: m[1] + m[2].upper(), text)
 
 
@@ -52,7 +52,7 @@ class Word(str):
         return getattr(self, name) if name else self
 
 
-def article(noun):
+def a_or_an(noun):
     return ("an " if noun[0] in "aeiou" else "a ") + noun
 
 
@@ -61,7 +61,7 @@ def entry(item):
     if ":" in item:
         verb, past = item.split(":")
         return Word(verb + past[len(past.split()[0]) :], past=past)
-    return Word(item, a=article(item))
+    return Word(item, a=a_or_an(item))
 
 
 @cache
@@ -80,7 +80,7 @@ LISTS["place"] = [  # "spot in the park" makes "the park" a place, at which one 
     Word("the " + name.split(" the ")[1], at=name.removeprefix("spot ")) for name in LISTS if name.startswith("spot ")
 ]
 LISTS["home"] = [
-    Word(f"{home} {where}", a=f"{article(home)} {where}", the=f"the {home} {where}")
+    Word(f"{home} {where}", a=f"{a_or_an(home)} {where}", the=f"the {home} {where}")
     for home, where in product(LISTS["home"], LISTS["where"])
 ]
 PLANS = dict(re.findall(r"^> (\w+): (.*)", WORLD, re.M))  # plots, and parts of plots
@@ -103,7 +103,7 @@ def role_of(slot):
 
 
 def category_of(slot, form):
-    """The list that a form of a slot draws from. None for articles, pronouns and surnames: they follow from a word."""
+    """The list that a form of a slot draws from. None for articles, pronouns and surnames: a word has those."""
     if form in ("article", "surname", *PRONOUNS["boy"]):
         return None
     if form in ("colour", "quality", "kind"):
@@ -120,31 +120,31 @@ def words_of(category):
 
 
 # A word that the story so far determines, because it mentions somebody or something again. start, end: in the text;
-# used: how many words of its category the story has used, this one included; last: the end of its last mention; asked:
+# used: how many words of its category the story has used, this one included; last: where its last mention ended; asked:
 # does this telling recall a fact about it?
-Decided = namedtuple("Decided", "start end category form used last asked")
+Determined = namedtuple("Determined", "start end category form used last asked")
 
 
 class Author:
-    """Writes one story. text; nats: its information content; spent: nats by type of choice; decided: the words that a
+    """Writes one story. text; nats: its information content; spent: nats by type of choice; determined: words that a
     reader must remember; events: [(name, {slot: word})]."""
 
     def __init__(self, seed, index):
         self.random = Random(f"{seed} {index}").random
         self.spent = Counter()
-        self.draft, self.events, self.decided = "", [], []
+        self.draft, self.events, self.determined = "", [], []
         self.cast, self.used = {}, set()  # who and what is in the story, by slot; all words cast so far
         self.state = {}  # {(subject, relation): object}
         self.introduced = set()  # {(subject, category of word)}
         self.mentions = defaultdict(dict)  # {category: {word: the end of its last mention}}
-        self.casts = self.open_casts = []  # of a repeated event; those that this sentence could still be about
+        self.casts = self.open_casts = []  # not yet recalled; those that this telling could still mean
         self.write_story()
         self.text, self.nats = capitalise(self.draft).replace("\n", " "), sum(self.spent.values())
 
     # Choices
 
     def choose(self, options, about="plot"):
-        """The only source of chance: one of options (all different), each equally likely."""
+        """The only source of randomness: one of options (all different), each equally likely."""
         self.spent[about] += math.log(len(options))
         return options[int(self.random() * len(options))]
 
@@ -166,7 +166,7 @@ class Author:
             word = Word(name, kind=kind, surname=surname, **PRONOUNS[child])
         elif role in ("thing", "fragile"):
             quality, colour = self.choose(LISTS["quality"], "cast"), self.pick(LISTS["colour"])
-            word = Word(self.pick(LISTS[role]), quality=quality, colour=colour, article=article(quality).split()[0])
+            word = Word(self.pick(LISTS[role]), quality=quality, colour=colour, article=a_or_an(quality).split()[0])
         else:  # every place has spots, helpers, and fun of its own
             word = self.pick(LISTS[role if role in LISTS else f"{role} {self.cast['place'].at}"])
         self.cast[slot] = word
@@ -174,11 +174,11 @@ class Author:
     # Sentences
 
     def say(self, event, **cast):
-        """Tell an event in one of its ways. What it recalls must be true; the rest becomes so. -> the newly cast."""
+        """Tell an event in one of its ways. Facts that it recalls must hold; the others are set. -> {slot: new word}"""
         self.cast.update(cast)
         facts, tellings = EVENTS[event]
         recalled = {slot for s, _, o, mode in facts if mode == "?" for slot in (s, o.partition(".")[0])}
-        self.asked = recalled - {"hero"}  # who is named too often to count
+        self.asked = recalled - {"hero"}  # named in most sentences anyway
         self.draft += "\n" if self.draft else ""
         self.events.append((event, {}))
         new = {}
@@ -212,14 +212,14 @@ class Author:
                     self.draft += word.form(form)
 
     def write(self, slot, category, form):
-        """Write a word, and record it if the story so far decides it."""
+        """Write a word, and record it if the story so far determines it."""
         subject, start, last = self.cast[slot], len(self.draft), self.mentions[category]
         word, form = (subject.form(form), "") if category == form else (subject, form)
         self.draft += word.form(form)
         end, asked = len(self.draft), slot in self.asked
-        free_choice = len({cast.get(slot) for cast in self.open_casts}) > 1  # this word reveals which
+        free_choice = len({cast.get(slot) for cast in self.open_casts}) > 1  # the word tells which of them
         if (subject, category) in self.introduced and not free_choice:
-            self.decided.append(Decided(start, end, category, form, len(last), last[word], asked))
+            self.determined.append(Determined(start, end, category, form, len(last), last[word], asked))
         self.introduced.add((subject, category))
         last[word] = end
         self.open_casts = [cast for cast in self.open_casts if cast.get(slot, subject) == subject]
@@ -230,7 +230,7 @@ class Author:
         self.plot = self.choose(PLOTS)
         self.play(PLANS[self.plot])
         ends = [slot for slot in ("home", "trait", "hobby") if slot in self.cast]
-        if ends := ends[self.plot == "promise" :]:  # that one is kept at home
+        if ends := ends[self.plot == "promise" :]:  # there, the hero is at home already
             self.say(f"end_{self.choose(ends)}")
         self.say(f"moral_{self.plot}")
         self.play("the_end?")
@@ -255,11 +255,11 @@ class Author:
 
 
 def locate(story, tokenizer):
-    """-> a story's tokens; and for each decided word, where its first token is, and how far from its last mention."""
+    """-> a story's tokens; and for each determined word, its first token, and how far that is from its last mention."""
     tokens = tokenizer.encode_ordinary(story.text)
     starts = tokenizer.decode_with_offsets(tokens)[1]
-    positions = [bisect_left(starts, word.start - (story.text[word.start - 1] == " ")) for word in story.decided]
-    lasts = [bisect_left(starts, word.last) for word in story.decided]
+    positions = [bisect_left(starts, word.start - (story.text[word.start - 1] == " ")) for word in story.determined]
+    lasts = [bisect_left(starts, word.last) for word in story.determined]
     return tokens, [(position, position - last) for position, last in zip(positions, lasts, strict=True)]
 
 
@@ -271,23 +271,23 @@ def floor_report(seed, count, tokenizer, far=128):
         tokens, positions = locate(story, tokenizer)
         lengths.append(len(tokens) + 1)  # with <|endoftext|>
         spent.update(story.spent)
-        for word, (_, distance) in zip(story.decided, positions, strict=True):
+        for word, (_, distance) in zip(story.determined, positions, strict=True):
             nats, apart = math.log(len(words_of(word.category))), math.log(word.used)
-            gains.update(all=nats, apart=apart, asked=apart * word.asked, far=nats * (distance >= far))
+            gains.update(recall=nats, apart=apart, asked=apart * word.asked, distant=nats * (distance >= far))
     total = sum(lengths)
     floor, (recall, apart, asked, distant) = spent.total() / total, (gain / total for gain in gains.values())
     yield f"{count:,} stories of {total / count:.1f} tokens on average, {max(lengths)} at most"
     yield f"{floor:.4f} nats per token is the floor: " + ", ".join(f"{k} {v / total:.4f}" for k, v in spent.items())
-    yield f"{floor + recall:.4f} for a model that knows the world and recalls no decided word"
+    yield f"{floor + recall:.4f} for a model that knows the world and recalls no determined word"
     yield f"{floor + apart:.4f} for one that copies any word of the category that the story has used"
-    yield f"{apart:.4f} is the gain from telling such words apart, {asked:.4f} of it where a fact is asked for"
+    yield f"{apart:.4f} is the gain from telling such words apart, {asked:.4f} of it where a fact is recalled"
     yield f"{distant:.4f} is the gain from recalling words last mentioned {far} or more tokens ago"
 
 
 def main():
     example = "example: python data/stories.py tell 5 --seed=3"
     parser = Parser(description="Tell stories of the world, measure it, or make its vocabulary.", epilog=example)
-    about = f"tell: print stories and their nats; floor: what it is made of; vocabulary: rewrite {VOCABULARY.name}"
+    about = f"tell: print stories and their nats; floor: explain the floor; vocabulary: rewrite {VOCABULARY.name}"
     parser.add_argument("command", choices=("tell", "floor", "vocabulary"), help=about)
     parser.add_argument("count", nargs="?", type=int, default=1, help="stories to tell or to measure (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the corpus (default: 0)")

@@ -29,18 +29,17 @@ export -f train_for
 versions='import sys, torch; cuda = torch.cuda.is_available(); print(sys.version, torch.__version__, torch.version.cuda)
 print(torch.cuda.get_device_properties(0) if cuda else "no GPU", torch.get_num_threads(), "threads")'
 if [ "$DEVICE" = cpu ]; then
-    first="--size=tiny" second="--size=tiny --n_layer=6" times="20 10" interval=5
+    default="--size=tiny" larger="--size=tiny --n_layer=6" long=20 short=10 interval=5
     shape="--size tiny --batch 2 --context 64" graphs=
 else
-    first= second="--size=124m" times="120 75" interval=20
+    default= larger="--size=124m" long=120 short=75 interval=20
     shape="--batch 64 --context 4096" graphs=--compile
 fi
-read -r long short <<<"$times"
 part versions 60 python -c "$versions"
 part data 120 python data/prepare.py
 part tests 200 python -m pytest tests/test_gpu.py -m gpu
-part default $((long + 40)) bash -c 'train_for "$@"' - "$long" "$out/default" $first --eval_interval=$interval
-part larger $((short + 40)) bash -c 'train_for "$@"' - "$short" "$out/larger" $second --eval_interval=$interval
+part default $((long + 40)) bash -c 'train_for "$@"' - "$long" "$out/default" $default --eval_interval=$interval
+part larger $((short + 40)) bash -c 'train_for "$@"' - "$short" "$out/larger" $larger --eval_interval=$interval
 part decode 100 python bench.py --device "$DEVICE" $shape --rounds=1 --out="$out/decode"
 part graphs 120 python bench.py --device "$DEVICE" $shape --rounds=1 --attn mha mla_prerope $graphs --out="$out/graphs"
 part spectrum 60 python spectrum.py "$out/default/ckpt.pt" --out="$out/spectrum"

@@ -1,8 +1,7 @@
 """Kill training at random moments, again and again, and look at what is left: python tests/kill.py [HOW_OFTEN]
 
-After each SIGKILL both checkpoints must load, with nothing lost that was saved, and the run goes on from there. A run
-that reaches its end in spite of all must have the weights, the optimizer's state and the log of one that was never
-killed, bit for bit.
+After each SIGKILL both checkpoints must load, nothing that was saved may be lost, and the run resumes. When a run
+reaches its end, its weights, optimizer state and log must be those of a run that was never killed, bit for bit.
 """
 
 import json
@@ -30,7 +29,7 @@ FLAGS = "--n_layer=1 --n_head=2 --n_embd=32 --block_size=64 --batch_size=4 --ste
 
 
 def start(data, out):
-    """A training process, resumed if there is something to resume: its process id."""
+    """Fork a process that trains, or resumes if it can -> its process id."""
     pid = os.fork()
     if pid == 0:  # forked, because starting Python and PyTorch anew would take most of the time
         try:
@@ -46,21 +45,21 @@ def start(data, out):
 
 
 def log_of(out):
-    """Steps and losses of the lines that are whole."""
+    """Steps and losses of the complete lines."""
     lines = (out / "log.jsonl").read_text().splitlines(keepends=True) if (out / "log.jsonl").exists() else []
     entries = [json.loads(line) for line in lines if line.endswith("\n")]
     return [(entry["step"], entry["loss"], entry["val_loss"]) for entry in entries]
 
 
 def kill(times, seed=0, folder=None):
-    """Kill that often -> how many runs reached their end. AssertionError if anything was lost or differs."""
-    chance, ended = random.Random(seed), 0
+    """Kill `times` times -> how many runs reached their end. AssertionError if anything was lost or differs."""
+    rng, ended = random.Random(seed), 0
     folder = Path(folder or tempfile.mkdtemp())
     data = prepare(stories=100, root=folder)
     whole, out, killed, saved = folder / "whole", folder / "run-0", 0, -1
     assert os.waitpid(start(data, whole), 0)[1] == 0
     while killed < times:
-        pid, death = start(data, out), time.monotonic() + chance.uniform(0.02, 1)
+        pid, death, gone = start(data, out), time.monotonic() + rng.uniform(0.02, 1), (0, 0)
         while time.monotonic() < death and not (gone := os.waitpid(pid, os.WNOHANG))[0]:
             time.sleep(0.001)
         if gone[0]:
@@ -77,20 +76,16 @@ def kill(times, seed=0, folder=None):
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         killed += 1
-        for path in (out / "ckpt.pt", out / "last.pt"):
-            if path.exists():
-                step = load_checkpoint(path)[1]["step"]
+        steps = [load_checkpoint(path)[1]["step"] for path in (out / "ckpt.pt", out / "last.pt") if path.exists()]
         if (out / "last.pt").exists():
-            assert step >= saved and step >= max((entry[0] for entry in log_of(out)), default=0) - 5, (
-                "something was lost"
-            )
-            saved = step
+            assert steps[-1] >= max([saved, *(step for step, *_ in log_of(out))]), "something was lost"
+            saved = steps[-1]
     return ended
 
 
 def main():
     parser = Parser(description=__doc__.split(":")[0])
-    parser.add_argument("times", nargs="?", type=int, default=100, help="how often (default: 100)")
+    parser.add_argument("times", nargs="?", type=int, default=100, help="how many times to kill (default: 100)")
     times = parser.parse_args().times
     print(f"killed {times} times: nothing lost; {kill(times)} runs reached their end, each as if never killed")
 

@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -43,19 +44,15 @@ def trained(stories, tmp_path_factory):
     return folders
 
 
-def double(attn, seed=0, **options):
+def double(attn, **options):
     """A model in float64, with weights large enough for attention to matter."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     config = GPTConfig(n_layer=2, n_head=4, n_embd=32, block_size=24, vocab_size=50, attn=attn, **options)
     model = GPT(config).double().eval()
     with torch.no_grad():
         for weight in model.parameters():
             weight.copy_(torch.rand_like(weight) + 0.5 if weight.dim() == 1 else torch.randn_like(weight) * 0.3)
     return model
-
-
-def shaped(config, **changes):
-    return GPTConfig(**{name: getattr(config, name) for name in GPTConfig.__dataclass_fields__} | changes)
 
 
 def logits(model, idx):
@@ -68,7 +65,7 @@ def test_full_rank_keeps_the_logits(source, target, joint):
     model = double(source, **({"rank": 0.5} if source in ("gqa", "mla", "mla_rope") else {}))
     idx = torch.randint(50, (8, 24))
     moments = train.second_moments(model, idx)
-    new = train.convert(model, shaped(model.config, attn=target, rank=1.0, joint=joint), moments)
+    new = train.convert(model, replace(model.config, attn=target, rank=1.0, joint=joint), moments)
     assert new.config.attn == target and new.config.joint == joint
     unseen = torch.randint(50, (3, 24))
     torch.testing.assert_close(logits(new, unseen), logits(model, unseen), rtol=0, atol=1e-6)
@@ -79,7 +76,7 @@ def test_full_rank_keeps_the_logits(source, target, joint):
 def test_gqa_is_an_mla_rope_of_the_same_rank_and_the_same_cache(rank):
     model = double("gqa", rank=rank)
     idx = torch.randint(50, (8, 24))
-    new = train.convert(model, shaped(model.config, attn="mla_rope"), train.second_moments(model, idx))
+    new = train.convert(model, replace(model.config, attn="mla_rope"), train.second_moments(model, idx))
     torch.testing.assert_close(logits(new, idx), logits(model, idx), rtol=0, atol=1e-6)
     assert new.kv_bytes_per_token(torch.float32) == model.kv_bytes_per_token(torch.float32)
     separate = double("mla_rope", rank=rank)
@@ -90,21 +87,20 @@ def test_a_joint_latent_of_twice_the_rank_holds_separate_ones():
     """And the other way round: a joint latent, copied, is two."""
     model = double("mla", rank=0.5)
     idx = torch.randint(50, (8, 24))
-    joint = train.convert(model, shaped(model.config, rank=1.0, joint=True), train.second_moments(model, idx))
+    joint = train.convert(model, replace(model.config, rank=1.0, joint=True), train.second_moments(model, idx))
     assert joint.kv_bytes_per_token(torch.float32) == model.kv_bytes_per_token(torch.float32)
     torch.testing.assert_close(logits(joint, idx), logits(model, idx), rtol=0, atol=1e-6)
     model = double("mla", rank=0.5, joint=True)
-    separate = train.convert(model, shaped(model.config, joint=False), train.second_moments(model, idx))
+    separate = train.convert(model, replace(model.config, joint=False), train.second_moments(model, idx))
     torch.testing.assert_close(logits(separate, idx), logits(model, idx), rtol=0, atol=1e-6)
 
 
 def test_queries_from_a_latent_stay_as_they_are():
     model = double("mla", rank=0.5, q_rank=0.5)
     idx = torch.randint(50, (8, 24))
-    new = train.convert(model, shaped(model.config, rank=0.25), train.second_moments(model, idx))
-    same = ["w_dq", "w_uq", "w_o"]
+    new = train.convert(model, replace(model.config, rank=0.25), train.second_moments(model, idx))
     for old_block, new_block in zip(model.blocks, new.blocks, strict=True):
-        for name in same:
+        for name in ("w_dq", "w_uq", "w_o"):
             assert torch.equal(getattr(old_block.attn, name).weight, getattr(new_block.attn, name).weight)
         assert torch.equal(old_block.mlp_up.weight, new_block.mlp_up.weight)
 
@@ -128,7 +124,8 @@ def test_second_moments_are_those_of_what_attention_sees():
     idx = torch.randint(50, (4, 24))
     x = model.blocks[0].attn_norm(model.token_embedding(idx)).flatten(0, 1)
     moments = train.second_moments(model, idx)
-    assert len(moments) == 2 and not any(block.attn._forward_pre_hooks for block in model.blocks)
+    model(idx)
+    assert len(moments) == 2  # it no longer listens
     torch.testing.assert_close(moments[0], sum(torch.outer(row, row) for row in x) / len(x))
 
 
@@ -142,7 +139,7 @@ def test_loss_rises_as_the_rank_falls_and_less_than_with_the_plain_svd(trained, 
         plain = [torch.eye(64, dtype=torch.float64)] * 2
         weighted_losses, plain_losses = (
             [
-                run.evaluate(train.convert(source, shaped(source.config, attn=target, rank=rank), weights))[0]
+                run.evaluate(train.convert(source, replace(source.config, attn=target, rank=rank), weights))[0]
                 for rank in (1.0, 0.75, 0.5, 0.25, 0.125)
             ]
             for weights in (moments, plain)
@@ -185,10 +182,8 @@ def test_fine_tuning_goes_on_from_the_weights_with_a_schedule_of_its_own(trained
     log = [json.loads(line) for line in (tmp_path / "tuned" / "log.jsonl").read_text().splitlines()]
     last = [json.loads(line) for line in (trained["mha_rope"] / "log.jsonl").read_text().splitlines()][-1]
     assert [entry["step"] for entry in log] == [0, 10, 20, 30]
-    assert (
-        log[0]["val_loss"] == pytest.approx(last["val_loss"], abs=0.02)
-        and log[-1]["val_loss"] < log[0]["val_loss"] + 0.05
-    )
+    assert log[0]["val_loss"] == pytest.approx(last["val_loss"], abs=0.02)
+    assert log[-1]["val_loss"] < log[0]["val_loss"] + 0.05
     options = load_checkpoint(tmp_path / "tuned" / "ckpt.pt")[1]["options"]
     assert options["n_layer"] == 2 and options["init_from"] == str(start)
     longer = [*flags, "--block_size=96", "--steps=0", f"--out={tmp_path / 'longer'}"]  # RoPE allows it
@@ -239,11 +234,10 @@ def test_what_cannot_be_taken_over_is_refused_in_one_line(source, flags, says, t
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("changed", [{"tokenizer": "gpt2"}, {"vocab_size": 2384}])
-def test_other_tokens_are_refused(changed, trained, tmp_path, call):
+@pytest.mark.parametrize("changed", [{"tokenizer": "gpt2"}, {"vocab_size": 65536}])
+def test_data_of_another_tokenizer_is_refused(changed, trained, tmp_path, call):
     data = prepare(stories=40, root=tmp_path)
     meta = json.loads((data / "meta.json").read_text())
-    assert meta["vocab_size"] == 2383
     (data / "meta.json").write_text(json.dumps(meta | changed))
     status, _, err = call(train.main, f"--init_from={trained['mha']}/ckpt.pt", f"--data={data}", f"--out={tmp_path}/o")
     assert status == 2 and re.search("--data=.*tokenizer of .*stories", err) and err.count("\n") == 1

@@ -1,4 +1,4 @@
-"""The story world: its entropy, its words, what it asks to remember, and its tokenizer."""
+"""The story world: its entropy, its words, what a reader must remember, and its tokenizer."""
 
 import itertools
 import math
@@ -63,11 +63,11 @@ def test_a_story_is_the_same_in_another_process():
 
 
 class Open(Exception):
-    """A script ends where an author has to choose."""
+    """Raised where a script ends, with the options that may be chosen next."""
 
 
 class Scripted(Author):
-    """Makes the choices of a script. May leave out those that cannot lead to a text."""
+    """Follows a script of choices, then raises Open with the options that could still lead to the text."""
 
     def __init__(self, script, text):
         self.script, self.goal = iter(script), text
@@ -147,10 +147,10 @@ def test_a_sentence_is_told_by_one_event_only():
 
 
 def test_a_story_that_contradicts_its_state_is_not_told():
-    story, (drum, bench) = Author(0, 0), (stories.LISTS["tool"][0], stories.LISTS["spot in the park"][0])
-    story.state[drum, "at"] = "behind the barn"
-    with pytest.raises(AssertionError, match=f"{drum} at {bench}"):
-        story.say("fetch_tool", tool=drum, spot=bench, child=story.cast["hero"], helper=bench)
+    story, tool, spot = Author(0, 0), LISTS["tool"][0], LISTS["spot in the park"][0]
+    story.state[tool, "at"] = "behind the barn"
+    with pytest.raises(AssertionError, match=f"{tool} at {spot}"):
+        story.say("fetch_tool", tool=tool, spot=spot, child=story.cast["hero"], helper=LISTS["helper in the park"][0])
 
 
 # Memory
@@ -158,12 +158,12 @@ def test_a_story_that_contradicts_its_state_is_not_told():
 
 @given(seed=seeds, data=st.data())
 @settings(max_examples=300, deadline=None)
-def test_no_other_word_of_its_kind_can_stand_where_a_word_is_decided(seed, data):
-    """Change one choice: the text may go on differently at a decided word, but never with a rival of that word."""
+def test_no_other_word_of_its_category_can_stand_in_for_a_determined_word(seed, data):
+    """Change one choice: the text may go on differently at a determined word, but never with a rival of that word."""
     story = Forger(seed, 0)
     other = Forger(seed, 0, data.draw(st.integers(0, story.made - 1))).text
     same = len(os.path.commonprefix([story.text, other]))
-    for word in story.decided:
+    for word in story.determined:
         if word.start <= same < word.end:
             rest = other[word.start :].lower()
             rivals = [str(w.form(word.form)).lower() for w in words_of(word.category)]
@@ -172,11 +172,11 @@ def test_no_other_word_of_its_kind_can_stand_where_a_word_is_decided(seed, data)
 
 @given(seed=seeds)
 @settings(max_examples=100, deadline=None)
-def test_decided_words_were_told_before(seed):
+def test_determined_words_were_told_before(seed):
     story = Author(seed, 0)
     tokens, places = locate(story, TOKENIZER)
-    assert tokens == TOKENIZER.encode_ordinary(story.text) and len(places) == len(story.decided) > 0
-    for word, (place, distance) in zip(story.decided, places, strict=True):
+    assert tokens == TOKENIZER.encode_ordinary(story.text) and len(places) == len(story.determined) > 0
+    for word, (place, distance) in zip(story.determined, places, strict=True):
         written = story.text[word.start : word.end]
         assert TOKENIZER.decode(tokens[place:]).strip().startswith(written)
         assert written.lower() in {w.form(word.form).lower() for w in words_of(word.category)}
@@ -232,7 +232,7 @@ def test_the_vocabulary_is_what_its_command_makes(tmp_path, monkeypatch, call):
     assert status == 0 and made.read_bytes() == (ROOT / "data" / "stories.tiktoken").read_bytes(), err
 
 
-def test_what_the_floor_is_made_of_is_printed(call):
+def test_the_parts_of_the_floor_are_printed(call):
     status, out, err = call(stories.main, "floor", "20")
     assert status == 0 and "is the floor: " in out and "telling such words apart" in out
     assert call(stories.main, "floor", "0")[0] == 2

@@ -67,10 +67,10 @@ ALIKE = {str(word): list(map(str, words)) for words in ALIKE for word in words} 
 @settings(max_examples=300, deadline=None)
 def test_reading_never_raises_when_words_are_mistaken(seed, share):
     """As weak models do: somebody else's name, some other thing or place."""
-    chance, names = random.Random(seed), "|".join(sorted(map(re.escape, ALIKE), key=len, reverse=True))
+    rng, names = random.Random(seed), "|".join(sorted(map(re.escape, ALIKE), key=len, reverse=True))
     text = re.sub(
         rf"\b({names})\b",
-        lambda found: chance.choice(ALIKE[found[0]]) if chance.random() < share else found[0],
+        lambda found: rng.choice(ALIKE[found[0]]) if rng.random() < share else found[0],
         Author(seed, 0).text,
     )
     passages = read(text)
@@ -87,7 +87,7 @@ def test_random_words_are_no_sentences(seed):
 
 
 def told_of(story):
-    """The passages as the writer told them, with the capitals of their places."""
+    """The passages of a story, with the capitals that they have in it."""
     return [passage.text for passage in read(story.text)]
 
 
@@ -113,9 +113,9 @@ def test_shuffled_words_cost_grammar_in_proportion_and_nothing_else(seed, data):
 @given(seed=seeds, data=st.data())
 @settings(max_examples=100, deadline=None)
 def test_swapped_words_cost_consistency_and_nothing_else(seed, data):
-    """Another colour, holder or place where a fact is recalled, be it one of this story or not."""
+    """Another colour, holder or place where a fact is recalled, whether it occurs in this story or not."""
     story = Author(seed, 0)
-    text, asked = story.text, [word for word in story.decided if word.asked]
+    text, asked = story.text, [word for word in story.determined if word.asked]
     assume(asked)
     swapped = data.draw(st.lists(st.sampled_from(asked), min_size=1, max_size=3, unique_by=lambda word: word.start))
     for word in sorted(swapped, key=lambda word: -word.start):
@@ -142,8 +142,7 @@ def test_swapped_words_cost_consistency_and_nothing_else(seed, data):
 def test_what_was_left_out_cannot_be_recalled(seed, data):
     """A passage that sets a fact which others recall is deleted: they contradict, every sentence still parses."""
     story = Author(seed, 0)
-    told, setters = story.draft.split("\n"), {}
-    needed = set()
+    setters, needed = {}, set()
     for i, (event, cast) in enumerate(story.events):
         for subject, relation, _, mode in stories.EVENTS[event][0]:
             key = cast.get(subject, subject), relation
@@ -156,7 +155,7 @@ def test_what_was_left_out_cannot_be_recalled(seed, data):
     gone = data.draw(st.sampled_from(sorted(needed)))
     passages = read(story.text)
     damaged = read(" ".join(passage.text for i, passage in enumerate(passages) if i != gone))
-    assert len(told) == len(passages) and grammar(damaged) == 10 and consistency(damaged) < 10
+    assert len(story.events) == len(passages) and grammar(damaged) == 10 and consistency(damaged) < 10
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +163,7 @@ def data(tmp_path_factory):
     return load_data(prepare(stories=3000, root=tmp_path_factory.mktemp("data")))
 
 
-def test_copies_are_copied_and_new_stories_are_not(data):
+def test_copied_is_one_for_copies_and_low_for_new_stories(data):
     copies = [Author(0, index).text for index in range(20)]
     new = [Author(1, index).text for index in range(60)]
     halves = [" ".join(copy.split()[:90] + fresh.split()[90:]) for copy, fresh in zip(copies, new, strict=False)]
@@ -178,7 +177,7 @@ def test_copies_are_copied_and_new_stories_are_not(data):
 
 @given(data=st.data())
 @settings(max_examples=50, deadline=None)
-def test_the_longest_copied_run_is_found_by_brute_force_too(data):
+def test_copied_equals_a_brute_force_search(data):
     letters = st.integers(0, 2)
     train = data.draw(st.lists(letters, min_size=1, max_size=60))
     told = data.draw(st.lists(st.lists(letters, min_size=1, max_size=20), min_size=1, max_size=5))
@@ -194,7 +193,7 @@ def test_the_longest_copied_run_is_found_by_brute_force_too(data):
 
 
 @given(values=st.lists(st.floats(-5, 5), min_size=2, max_size=9))
-def test_the_standard_error_of_the_mean(values):
+def test_the_standard_error_is_the_textbooks_and_repeats_do_not_lower_it(values):
     mean, error = mean_and_error(values)
     assert mean == pytest.approx(np.mean(values))
     assert error == pytest.approx(np.std(values, ddof=1) / len(values) ** 0.5, abs=1e-9)
@@ -252,7 +251,7 @@ def test_the_verdict_says_what_is_wrong(text, says):
 
 
 class Copier(torch.nn.Module):
-    """Gives the same probability to each of some words, at the places where a story decides one. -> recall's logits."""
+    """In place of a GPT: equal probability to each of `answers`' words, wherever a story determines a word."""
 
     def __init__(self, vocab_size, answers):
         super().__init__()
@@ -280,7 +279,7 @@ def test_a_model_that_copies_or_guesses_has_the_recall_of_its_baseline(data, bas
     for number in range(meta["stories"] - meta["val_stories"], meta["stories"]):
         story = Author(meta["seed"], number)
         answers.append([])
-        for word, (place, _) in zip(story.decided, locate(story, TOKENIZER)[1], strict=True):
+        for word, (place, _) in zip(story.determined, locate(story, TOKENIZER)[1], strict=True):
             old, space = story.text[word.start : word.end], story.text[word.start - 1] == " "
             every = [str(w.form(word.form)) for w in words_of(word.category)]
             every = [w[0].upper() + w[1:] for w in every] if old[0].isupper() else every
@@ -294,7 +293,7 @@ def test_a_model_that_copies_or_guesses_has_the_recall_of_its_baseline(data, bas
     assert told["lost"] == pytest.approx(-np.log(expected).sum() / (len(val) - 1), abs=1e-9)
 
 
-def test_baselines_on_a_story_that_was_made_by_hand():
+def test_a_question_has_as_many_candidates_as_the_story_has_used():
     """Three children bring something: each question has three foods, and three names or more, to choose from."""
 
     class Picnic(Author):
@@ -311,12 +310,12 @@ def test_baselines_on_a_story_that_was_made_by_hand():
     foods = stories.LISTS["food"][:3]
     for index in range(20):
         story = Picnic("picnic", index)
-        asked = {story.text[word.start : word.end]: (word.category, word.used) for word in story.decided if word.asked}
+        asked = {story.text[w.start : w.end]: (w.category, w.used) for w in story.determined if w.asked}
         assert asked.keys() == {"Ann", str(foods[1])} and asked[foods[1]] == ("food", 3)
         assert asked["Ann"] in (("name", 3), ("name", 4), ("name", 5))  # hero and friend may be named before
 
 
-def test_stories_of_another_world_are_not_asked(data):
+def test_recall_refuses_stories_of_another_world(data):
     meta, train, val = data
     model = Copier(meta["vocab_size"], [])
     with pytest.raises(ValueError, match="another version"):
@@ -330,7 +329,7 @@ def test_the_command_scores_a_file_and_explains(data, tmp_path, call):
     status, out, err = call(judging.main, tmp_path / "a.txt", "--explain", f"--data={folder}")
     assert status == 0 and "story 1: grammar 10.00" in out and "no such sentence" in out
     assert re.search(r"^grammar +9\.\d+ ± 0\.\d+$", out, re.M) and re.search(r"^copied +0\.\d+", out, re.M)
-    for file, says in (("none.txt", "no such file"), ("empty.txt", "empty")):
+    for file, says in (("none.txt", "no such file"), ("empty.txt", "no stories")):
         (tmp_path / "empty.txt").write_text(" \n")
         status, out, err = call(judging.main, tmp_path / file, f"--data={folder}")
         assert status == 2 and says in err and err.count("\n") == 1

@@ -8,7 +8,7 @@ import math
 import os
 import pickle
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -139,7 +139,7 @@ def put(model, layer, **matrices):
 
 def twin(model, seed, **changes):
     """A model of another attention whose backbone has the same weights, where it has them."""
-    other = build(GPTConfig(**{**asdict(model.config), **changes}), seed)
+    other = build(replace(model.config, **changes), seed)
     own, theirs = other.state_dict(), model.state_dict()
     other.load_state_dict({n: theirs[n] if n in theirs and theirs[n].shape == own[n].shape else own[n] for n in own})
     return other
@@ -199,8 +199,8 @@ def shifted(config, seed, *positions):
     x = torch.randn(2, 6, config.n_embd, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     order, tables = torch.arange(6), RoPE(config.rope_dim or config.head_dim, 1100, config.rope_base).double()
     outputs = []
-    for places in positions:
-        attention.rope.cos, attention.rope.sin = tables.cos[places], tables.sin[places]
+    for rows in positions:
+        attention.rope.cos, attention.rope.sin = tables.cos[rows], tables.sin[rows]
         outputs.append(attention(x, order, causal_mask(range(6), 6)))
     return outputs
 
@@ -289,7 +289,7 @@ def test_the_fast_path_is_the_default_and_expands_nothing(attn, joint):
         assert len(expanded) == times
 
 
-# absorb, and the tolerance of logits whose deviation is about 0.1: rounding, layer after layer.
+# absorb, dtype, and the error allowed for rounding: logits have a standard deviation of about 0.1.
 WAYS = [(None, torch.float64, 1e-9), (False, torch.float64, 1e-9), (None, torch.float32, 1e-6)]
 WAYS += [(None, torch.bfloat16, 0.01)]
 
@@ -448,7 +448,7 @@ def sampler(seed=0, **changes):
 @given(seeds)
 @examples(10)
 def test_the_same_generator_seed_gives_the_same_sample(seed):
-    """Sampling takes its chance from the generator alone: another seed, another sample."""
+    """All randomness comes from the generator: another seed, another sample."""
     model = sampler(seed)
     prompt = text(model.config, seed, 4, 2)
 
@@ -463,7 +463,7 @@ def test_the_same_generator_seed_gives_the_same_sample(seed):
 
 @pytest.mark.parametrize(("temperature", "top_k"), [(1.0, None), (0.5, None), (2.0, 4), (1.0, 100)])
 def test_samples_follow_the_tempered_and_truncated_softmax(temperature, top_k):
-    """The frequencies of 20,000 samples are within five deviations of softmax(logits / temperature), cut at top_k."""
+    """Frequencies in 20,000 samples are within five standard errors of softmax(logits / temperature), cut at top_k."""
     model, n = sampler(), 20000
     prompt = text(model.config, 1, 1, 3)
     logits = full(model, prompt)[0, -1]
@@ -536,7 +536,7 @@ def test_mla_of_rank_one_with_identity_down_projections_is_mha(mha, mla, data):
 
 @given(st.data())
 @examples(15)
-def test_a_latent_of_every_head_its_own_is_a_thinner_head(data):
+def test_mla_with_separate_latents_for_each_head_is_mha_with_thinner_heads(data):
     """If head i's keys and values read only its own r/H latents (W_UK and W_UV block-diagonal), the model is an MHA
     with heads r/H wide: W_UK folds into W_Q, and W_UV into W_O. The scale stays 1/sqrt(h), so the thin heads stand here
     in an MHA whose heads are h wide, with their other columns zero."""
@@ -595,7 +595,7 @@ def test_the_cache_takes_the_bytes_that_the_table_says(attn, joint, data):
     config = data.draw(configs(attn, joint))
     if attn.startswith("mla"):  # ranks that are no multiple of 1/d too: r is the nearest whole number
         rank = data.draw(st.floats(1 / config.n_embd, 1))
-        config = GPTConfig(**{**asdict(config), "rank": rank})
+        config = replace(config, rank=rank)
     d, h, H, R = config.n_embd, config.n_embd // config.n_head, config.n_head, config.rope_dim
     r = round((config.rank or 0) * d)
     latents = r if joint else 2 * r
@@ -804,19 +804,19 @@ def test_behind_a_norm_keys_values_and_queries_start_as_large_as_those_of_mha(at
 
 @over(VARIANTS, 5)
 def test_gradients_reach_every_parameter(attn, joint, data):
-    """None is zero, and together they are the slope of the loss in a random direction (central difference)."""
+    """No gradient is zero, and together they give the loss's slope in a random direction (central difference)."""
     config, seed = data.draw(configs(attn, joint, vocab_size=20)), data.draw(seeds)
     model, idx, targets = build(config, seed), text(config, seed, 2, 8), text(config, seed + 1, 2, 8)
     model(idx, targets)[1].backward()
     assert all(weight.grad.abs().max() > 0 for weight in model.parameters())
 
     weights, losses, step = list(model.parameters()), [], 1e-5
-    ways = [torch.randn_like(weight) / sum(w.numel() for w in weights) ** 0.5 for weight in weights]
-    slope = sum((weight.grad * way).sum() for weight, way in zip(weights, ways, strict=True))
+    directions = [torch.randn_like(weight) / sum(w.numel() for w in weights) ** 0.5 for weight in weights]
+    slope = sum((w.grad * direction).sum() for w, direction in zip(weights, directions, strict=True))
     for move in (step, -2 * step):
         with torch.no_grad():
-            for weight, way in zip(weights, ways, strict=True):
-                weight += move * way
+            for weight, direction in zip(weights, directions, strict=True):
+                weight += move * direction
             losses.append(model(idx, targets)[1])
     close((losses[0] - losses[1]) / (2 * step), slope, 1e-7)
 

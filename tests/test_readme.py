@@ -1,8 +1,9 @@
-"""README.md: what it points at is there, and its way for one's own text can be walked."""
+"""README.md: its links, commands and examples work, and so do its steps for your own text."""
 
 import re
 import sys
 import textwrap
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import bench
 import model
 import spectrum
 import train
+from data import judge, stories
 from data import prepare as prep
 
 ROOT = Path(__file__).parent.parent
@@ -23,21 +25,24 @@ def test_links_lead_to_what_they_name():
     for name, path, line in links:
         there = (ROOT / path).read_text(encoding="utf-8").splitlines()[int(line) - 1]
         assert re.match(rf"\s*(def|class) {name}\b", there), (name, path, line, there)
-    for path in re.findall(r"\]\(([\w./]+)(?:#L\d+)?\)", README):
+    for path, line in re.findall(r"\]\(([\w./]+)(?:#L(\d+))?\)", README):
         assert (ROOT / path).exists(), path
+        there = (ROOT / path).read_text(encoding="utf-8").splitlines()[int(line) - 1] if line else "def"
+        assert re.match(r"\s*(def|class)\b", there), (path, line, there)  # for "[test](file.py#L1)"
 
 
 def test_flags_and_scripts_of_the_readme_exist(capsys, monkeypatch):
-    """Of every python command that is shown."""
-    for script, rest in re.findall(r"python ((?:data/|tests/)?\w+\.py)(.*)", README):
+    """In every python command that is shown."""
+    modules = {"train.py": train, "model.py": model, "spectrum.py": spectrum, "bench.py": bench}
+    modules |= {"data/prepare.py": prep, "data/stories.py": stories, "data/judge.py": judge}
+    for script, rest in re.findall(r"python ((?:data/|tests/)?\w+\.py)([^`\n]*)", README):
         assert (ROOT / script).exists(), script
-        main = {"train.py": train, "model.py": model, "spectrum.py": spectrum, "bench.py": bench}.get(script)
-        if main:
+        if script in modules:
             monkeypatch.setattr(sys, "argv", [script, "--help"])
             with pytest.raises(SystemExit):
-                main.main()
+                modules[script].main()
             shown = capsys.readouterr().out
-            for flag in re.findall(r" (--\w+)", rest.split("#")[0].split("`")[0]):
+            for flag in re.findall(r" (--\w+)", rest.split("#")[0]):
                 assert flag in shown, (script, flag)
 
 
@@ -49,11 +54,11 @@ def test_python_of_the_readme_runs(capsys):
     assert "of the edge" in capsys.readouterr().out
 
 
-def test_your_own_text_goes_all_the_way(tmp_path, monkeypatch, call):
+def test_your_own_text_works_in_every_script(tmp_path, monkeypatch, call):
     """prepare, train, tell, spectrum, bench; only --judge, which knows the rules of the story world alone, refuses."""
     (tmp_path / "mine.txt").write_text(README, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(prep.prepare, "__defaults__", (*prep.prepare.__defaults__[:-1], tmp_path))
+    monkeypatch.setattr(prep, "prepare", partial(prep.prepare, root=tmp_path))
 
     def printed(script, *arguments):
         status, out, err = call(script.main, *arguments)

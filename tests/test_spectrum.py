@@ -18,6 +18,8 @@ from model import ATTN, FORMAT, GPT, LEARNED, MLA, GPTConfig
 from spectrum import NULLS, chain_law, diagnose, eigenvalues, haar, laws, logit_ranks, qk_factors, spectra, spiked
 
 SMALL = dict(n_layer=2, n_head=2, n_embd=32, vocab_size=8, block_size=8)
+TRAINING = "--n_layer=1 --n_head=2 --n_embd=32 --block_size=32 --batch_size=2 --eval_steps=1 --steps=25".split()
+TRAINING += ["--device=cpu"]
 
 
 def product(dims, rng):
@@ -45,7 +47,7 @@ def squared_singular_values(m):
         ((5, 5, 5, 5), 256 / 27),  # Fuss-Catalan: (m + 1)^(m + 1) / m^m
     ],
 )
-def test_upper_edges(dims, upper):
+def test_upper_edges_are_those_of_closed_forms(dims, upper):
     assert chain_law(dims).upper == pytest.approx(upper, abs=5e-4 if round(upper, 3) == upper else 1e-9)
 
 
@@ -457,10 +459,7 @@ def three_runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     data = prepare(stories=50, root=folder)
     for name, flags in {"a": ["--attn=mha_rope"], "b": ["--attn=mla_decoupled"], "c": ["--n_layer=3"]}.items():
-        small = (
-            "--n_layer=1 --n_head=2 --n_embd=32 --block_size=32 --batch_size=2 --eval_steps=1 --device=cpu --steps=25"
-        )
-        train.Run(train.parse_arguments([f"--data={data}", f"--out={folder / name}", *small.split(), *flags])).train()
+        train.Run(train.parse_arguments([f"--data={data}", f"--out={folder / name}", *TRAINING, *flags])).train()
     return folder
 
 
@@ -484,14 +483,7 @@ def test_runs_side_by_side_even_if_their_depths_differ(three_runs, script):
 
 
 def test_runs_that_differ_in_their_seed_alone_are_one_column(three_runs, tmp_path, script):
-    options = "--n_layer=1 --n_head=2 --n_embd=32 --block_size=32 --batch_size=2 --eval_steps=1 --device=cpu --steps=25"
-    again = [
-        f"--data={three_runs / 'stories'}",
-        *options.split(),
-        "--attn=mha_rope",
-        "--seed=1",
-        f"--out={tmp_path / 'd'}",
-    ]
+    again = [f"--data={three_runs / 'stories'}", *TRAINING, "--attn=mha_rope", "--seed=1", f"--out={tmp_path / 'd'}"]
     train.Run(train.parse_arguments(again)).train()
     status, out, err = script(three_runs / "a", tmp_path / "d", three_runs / "b", f"--out={tmp_path}")
     assert (status, err) == (0, "") and "±" in out
@@ -536,13 +528,10 @@ def test_what_cannot_be_analysed_is_left_out_or_refused_in_one_line(three_runs, 
             weight.fill_(float("nan"))
         status, out, err = script(save(path, model))
         assert status == 0 and "layer 1 has weights that are not finite" in err
-        report = json.loads(
-            (tmp_path / "spectrum.json").read_text(), parse_constant=pytest.fail
-        )  # no NaN: it is not JSON
-        assert (
-            report["distance 0"]["diagnostics"]["content heads"]["mp_gap"][0][0][1][0] is None
-        )  # only the head that has it
-        assert report["distance 0"]["diagnostics"]["content heads"]["mp_gap"][0][0][1][1] > 0
+        text = (tmp_path / "spectrum.json").read_text()
+        report = json.loads(text, parse_constant=pytest.fail)  # NaN is not JSON
+        first, second = report["distance 0"]["diagnostics"]["content heads"]["mp_gap"][0][0][1]
+        assert first is None and second > 0  # only the head that has the NaN
     assert err.count("\n") == 2
     for value in (float("inf"), 0.0, 1e38):
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Training: rows of stories, the loop, its checkpoints, and everything that can be typed wrongly."""
+"""Training: rows of stories, the loop, its checkpoints, and wrong command lines."""
 
 import argparse
 import copy
@@ -33,8 +33,8 @@ def stories(tmp_path_factory):
 
 
 @pytest.fixture
-def start(stories, tmp_path, monkeypatch):
-    """Start a run of a small model on a few stories in tmp_path/out; returns that folder."""
+def start(stories, tmp_path):
+    """Train a small model on a few stories, into tmp_path/out; returns that folder."""
 
     def start(*flags):
         train.Run(train.parse_arguments([f"--data={stories}", f"--out={tmp_path / 'out'}", *flags])).train()
@@ -196,7 +196,7 @@ def test_batches_ask_for_each_validation_token_once(lengths, block_size):
     assert (idx[:, 1:][inner] == targets[:, :-1][inner]).all()
 
 
-def test_the_floor_is_what_the_evaluated_stories_hold(start, stories):
+def test_the_floor_is_that_of_the_evaluated_stories(stories):
     flags = [f"--data={stories}", "--block_size=350", "--batch_size=2", *SMALL[:3], "--steps=1", "--device=cpu"]
     run = train.Run(train.parse_arguments(flags))
     _, floor = run.evaluate(run.model, batches=3)
@@ -211,8 +211,9 @@ def test_the_last_lines_split_the_excess_and_compare_recall_with_guesses(start, 
     measured, measure = [], train.recall
 
     def measure_and_note(model, data):
-        measured.append((model.training, measure(model, data)[1]))
-        return measure(model, data)
+        found = measure(model, data)
+        measured.append((model.training, found[1]))
+        return found
 
     monkeypatch.setattr(train, "recall", measure_and_note)
     start(*SMALL, "--block_size=320", "--steps=1", "--dropout=0.5")
@@ -226,24 +227,24 @@ def test_the_last_lines_split_the_excess_and_compare_recall_with_guesses(start, 
     assert 0 < chance < copying < 50 and recall == pytest.approx(100 * found["recall"], abs=0.06)
 
 
-def test_recall_is_not_told_where_it_cannot_be(start, stories, capsys, tmp_path):
-    """No story fits into the context; the stories are of another world. The rest is printed all the same."""
-    start(*SMALL, "--block_size=16", "--steps=1", "--device=cpu")
+def test_where_recall_cannot_be_measured_the_rest_is_reported(start, stories, capsys, tmp_path):
+    """Because no story fits into the context, or because the stories are of another world."""
+    start(*SMALL, "--block_size=16", "--steps=1")
     printed = capsys.readouterr().out
     assert "no validation story of at most 16 tokens asks" in printed and "KV cache" in printed
     shutil.copytree(stories, tmp_path / "older")
     meta = json.loads((tmp_path / "older" / "meta.json").read_text())
     (tmp_path / "older" / "meta.json").write_text(json.dumps(meta | {"seed": 1}))
-    start(*SMALL, "--block_size=320", "--steps=1", "--device=cpu", f"--data={tmp_path / 'older'}")
+    start(*SMALL, "--block_size=320", "--steps=1", f"--data={tmp_path / 'older'}")
     printed = capsys.readouterr().out
     assert "another version of the world" in printed and "KV cache" in printed
 
 
-def test_text_without_a_floor_is_told_in_bits_per_byte(start, tmp_path, capsys):
+def test_text_without_a_floor_is_measured_in_bits_per_byte(start, tmp_path, capsys):
     text = "\n\n".join(f"The {i}th day was as long as the day before it, and as cold." for i in range(200))
     (tmp_path / "mine.txt").write_text(text)
     data = prepare(str(tmp_path / "mine.txt"), tokenizer="stories", root=tmp_path)
-    out = start(*SMALL, "--block_size=64", "--steps=1", "--device=cpu", f"--data={data}")
+    out = start(*SMALL, "--steps=1", f"--data={data}")
     (entry, *_), meta = log_of(out), json.loads((data / "meta.json").read_text())
     validation = text.split("\n\n")[-meta["val_stories"] :]
     assert "excess" not in entry and meta["val_bytes"] == sum(len(story.encode()) for story in validation)
@@ -423,16 +424,16 @@ def test_resuming_on_other_data_is_refused(start, stories, tmp_path, call):
         (["nowhere.pt"], "nowhere.pt"),
         ([__file__], "not a checkpoint"),
         (["CKPT", "--prompt=" + "word " * 80], "over a context of 64"),
-        (["CKPT", "--temperature=-1"], "temperature"),
-        (["CKPT", "--temperature=nan"], "temperature"),
-        (["CKPT", "--top_k=0"], "top_k"),
-        (["CKPT", "--tokens=-1"], "tokens"),
+        (["CKPT", "--temperature=-1"], "temperature=-1.0"),
+        (["CKPT", "--temperature=nan"], "temperature=nan"),
+        (["CKPT", "--top_k=0"], "top_k=0"),
+        (["CKPT", "--tokens=-1"], "max_new_tokens=-1"),
         (["CKPT", "--seed=one"], "seed"),
         (["CKPT", "--tokens=many"], "tokens"),
         ([], "checkpoint"),
     ],
 )
-def test_wrong_questions_to_a_model_end_in_one_line(start, arguments, says, call):
+def test_wrong_flags_of_model_py_end_in_one_line(start, arguments, says, call):
     out = start(*SMALL, "--steps=1") if "CKPT" in arguments else None
     arguments = [out / "ckpt.pt" if word == "CKPT" else word for word in arguments]
     status, _, line = call(model.main, *arguments)
@@ -440,30 +441,30 @@ def test_wrong_questions_to_a_model_end_in_one_line(start, arguments, says, call
 
 
 @pytest.mark.parametrize(
-    "arguments, says, expected",
+    "arguments, says",
     [
-        (["nowhere.txt"], "nowhere.txt", 2),
-        (["--stories=1"], "stories", 2),
-        (["--stories=many"], "stories", 2),
-        (["--tokenizer=gpt5"], "gpt2", 2),
-        (["tinystories", "--tokenizer=stories"], "pip install datasets", 2),
+        (["nowhere.txt"], "nowhere.txt"),
+        (["--stories=1"], "--stories=1"),
+        (["--stories=many"], "--stories"),
+        (["--tokenizer=gpt5"], "gpt5"),
+        (["tinystories", "--tokenizer=stories"], "pip install datasets"),
     ],
 )
-def test_wrong_data_ends_in_one_line(arguments, says, expected, call, monkeypatch):
+def test_wrong_flags_of_prepare_py_end_in_one_line(arguments, says, call, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)  # not installed
     status, _, err = call(prep.main, *arguments)
-    assert status == expected and says in err.splitlines()[-1] and "Traceback" not in err
+    assert status == 2 and says in err.splitlines()[-1]  # a progress bar may stand above it
 
 
-def test_deepseek_v2_trains_and_speaks_without_a_warning(stories, tmp_path, call):
-    """All options of the latents, in bfloat16 by autocast, too: spectra are taken on the way."""
+def test_deepseek_v2_trains_and_tells_a_story_without_a_warning(stories, tmp_path, call):
+    """With all options of the latents, under autocast, and with spectra."""
     options = ["--attn=mla_decoupled", "--joint", "--latent_norm", "--q_rank=0.5", "--steps=2", "--dtype=bfloat16"]
     status, told, err = call(train.main, *SMALL, *options, f"--data={stories}", f"--out={tmp_path}")
     assert status == 0 and "KV cache" in told and not err, err
     assert call(model.main, tmp_path / "ckpt.pt")[0] == 0
 
 
-def test_a_script_speaks_without_error_if_nothing_is_wrong(start, call):
+def test_model_py_tells_a_story_that_begins_with_the_prompt(start, call):
     out = start(*SMALL, "--steps=1")
     for options in ([], ["--prompt="], ["--seed=-1", "--top_k=5"]):
         status, told, err = call(model.main, out / "ckpt.pt", "--prompt=One day", "--tokens=5", *options)

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -105,7 +106,7 @@ def free_port():
 
 
 def two_processes(rank, ports, data, folder):
-    """One of two processes that train: a run; one that is stopped by a signal to one of them; that one resumed."""
+    """One of two processes: they train a run; then another, stopped by a signal to one of them; then resume that."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ["MASTER_ADDR"] = "127.0.0.1"
     torch.set_num_threads(1)
@@ -182,7 +183,7 @@ def test_if_the_first_process_fails_alone_all_end_with_one_line(trouble, said, d
     assert said in errors[0] and "another process failed" in errors[1], errors
 
 
-# Where a checkpoint comes from, and hostile ones
+# Checkpoints: what made them, and hostile ones
 
 
 def test_a_checkpoint_says_what_made_it(out):
@@ -305,8 +306,9 @@ def test_no_command_line_ends_in_a_traceback(main, data, out, tmp_path_factory, 
     folder = tmp_path_factory.mktemp("fuzz")
     monkeypatch.chdir(folder)
     monkeypatch.setattr(prep, "TINYSTORIES", "http://127.0.0.1:9/nothing.txt")
-    monkeypatch.setattr(prep, "DATA", folder)  # where prepare would write
-    monkeypatch.setattr(prep.prepare, "__defaults__", (*prep.prepare.__defaults__[:-1], folder))
+    monkeypatch.setattr(prep, "prepare", partial(prep.prepare, root=folder))
+    monkeypatch.setattr(train, "prepare", partial(train.prepare, stories=20, root=folder))
+    (folder / "mine.txt").write_text("One.\n\nTwo.\n\nThree.")
     monkeypatch.setattr(bench, "ceilings", lambda device, dtype: {"bytes_per_s": 1e10, "flop_per_s": 1e11})
     monkeypatch.setattr(bench, "SIZES", {size: dict(n_layer=1, n_head=2, n_embd=16) for size in bench.SIZES})
     base = {
@@ -314,7 +316,7 @@ def test_no_command_line_ends_in_a_traceback(main, data, out, tmp_path_factory, 
         model.main: [out / "ckpt.pt", "--tokens=1"],
         spectrum.main: [out / "ckpt.pt", "--out=."],
         bench.main: ["--attn=mla", "--context=4", "--batch=1", "--rounds=1", "--dtype=float32"],
-        prep.main: ["stories", "--stories=2"],
+        prep.main: ["mine.txt", "--tokenizer=stories"],
         world.main: [],
         judge.main: [__file__],
     }[main]
