@@ -377,6 +377,7 @@ def test_a_half_written_line_of_the_log_does_not_hinder_resuming(start):
         ("--init_from=nowhere.pt", "nowhere.pt"),
         ("--lr=nan", "lr"),
         ("--lr=-1", "lr"),
+        ("--warmup=100", "from 0 to 1"),  # a share of the steps, not a number
         ("--dropout=1", "dropout"),
         ("--size=7b", "30m"),
         ("--step=10", "--step"),
