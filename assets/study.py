@@ -144,17 +144,21 @@ def main(out):
     for row in group(runs):
         (text if row["data"] != "stories" else converted if row["source"] else rows).append(row)
     order = [*COLOURS].index
-    rows.sort(key=lambda row: (row["optimizer"] != "muon", order(row["attn"]), row["joint"], -(row["rank"] or 0)))
-    for row in rows:
-        row["loss_to_mha"] = row["val_loss"] / next(r for r in rows if r["name"] == "mha")["val_loss"] - 1
+    for some in (rows, text):
+        some.sort(key=lambda row: (row["optimizer"] != "muon", order(row["attn"]), row["joint"], -(row["rank"] or 0)))
+        for row in some:
+            row["loss_to_mha"] = row["val_loss"] / next(r["val_loss"] for r in some if r["name"] == "mha") - 1
     tables = [markdown(cells(rows, LEARNT)), spectra_table(rows)]
     if converted:
         lines = [[r["source"], r["name"], r["steps"], f"{r['excess']:.4f}", f"{r['recall']:.1%}"] for r in converted]
         tables += [markdown([["from", "to", "more steps", "excess", "recall"], *lines])]
         draw_conversions(out / "conversions.png", rows, converted)
     if text:
-        lines = [[r["name"], r["runs"], f"{r['bits_per_byte']:.4f}±{r['bits_per_byte_error']:.4f}"] for r in text]
-        tables += [markdown([["attn", "seeds", "bits per byte"], *lines])]
+        lines = [["attn", "KV B/tok", "seeds", "bits per byte", "vs mha"]]
+        for r in text:
+            told = f"{r['bits_per_byte']:.4f}±{r.get('bits_per_byte_error', math.nan):.4f}"
+            lines.append([r["name"], r["kv_bytes"], r["runs"], told, f"{r['loss_to_mha']:+.1%}"])
+        tables += [markdown(lines)]
     (out / "study.json").write_text(json.dumps({"runs": runs}, indent=1))
     (out / "tables.md").write_text("\n".join(tables))
     print(*tables, sep="\n")

@@ -23,10 +23,14 @@ flock -n 9 || { echo "study.sh: another one is at work in $out" >&2 && exit 1; }
 echo "$flags" >$out/flags
 
 seeds() { while read -r row; do printf "%s\n" "$row --seed="{0,1,2}; done; }
-runs() { # in order of importance: whoever stops early has fewer rows, but all three seeds of each
+sources() { # of the conversions
     seeds <<-END
 	--attn=mha_rope --lr=$lr
 	--attn=mha --lr=$lr
+	END
+}
+latents() { # in order of importance: whoever stops early has fewer rows, but all three seeds of each
+    seeds <<-END
 	--attn=mla_rope --lr=$lr
 	--attn=mla_decoupled --lr=$lr
 	--attn=mla_rope --rank=0.125 --lr=$lr
@@ -41,9 +45,15 @@ runs() { # in order of importance: whoever stops early has fewer rows, but all t
 }
 texts() { # real text, if there is any: see assets/study.md
     [ ! -e data/kjv/meta.json ] || seeds <<-END
+	--attn=mha --data=kjv --steps=$text --lr=$lr
 	--attn=mha_rope --data=kjv --steps=$text --lr=$lr
 	--attn=mla_rope --data=kjv --steps=$text --lr=$lr
 	--attn=mla_rope --rank=0.125 --data=kjv --steps=$text --lr=$lr
+	--attn=mla --data=kjv --steps=$text --lr=$lr
+	--attn=gqa --data=kjv --steps=$text --lr=$lr
+	--attn=mla_prerope --data=kjv --steps=$text --lr=$lr
+	--attn=mla_decoupled --data=kjv --steps=$text --lr=$lr
+	--attn=mla_rope --rank=1 --data=kjv --steps=$text --lr=$lr
 	END
 }
 conversions() { # two trained models at lower ranks, before and after a short training
@@ -68,7 +78,7 @@ export -f run
 [ -e data/stories/meta.json ] || python data/prepare.py
 # Runs of one thread each, side by side, train more than one run of all threads. A GPU needs one, and its threads.
 [ $scale = gpu ] || export OMP_NUM_THREADS=1
-for list in runs conversions texts; do # conversions need the trained models
+for list in texts sources conversions latents; do
     $list | xargs -P "$jobs" -I{} bash -c "run {}"
 done
 unset OMP_NUM_THREADS

@@ -1,10 +1,26 @@
-"""Fixtures that several test files share."""
+"""What several test files share."""
 
 import sys
+from dataclasses import asdict
 
 import pytest
+import torch
 
 from data.common import run
+from data.prepare import prepare
+from model import FORMAT
+
+
+@pytest.fixture(scope="session")
+def stories(tmp_path_factory):
+    """A folder of 400 prepared stories."""
+    return prepare(stories=400, root=tmp_path_factory.mktemp("data"))
+
+
+def save(path, model, /, **entries):
+    """Write a checkpoint of a model, with more entries -> its path."""
+    torch.save({"format": FORMAT, "config": asdict(model.config), "model": model.state_dict(), **entries}, path)
+    return path
 
 
 @pytest.fixture

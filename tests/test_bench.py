@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from conftest import save
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,8 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import bench
 from data.common import load_data, load_tokenizer
-from data.prepare import prepare
-from model import ABSORBS, ATTN, FORMAT, GPT, GPTConfig
+from model import ABSORBS, ATTN, GPT, GPTConfig
 
 SHAPE = dict(n_layer=2, n_head=4, n_embd=32, vocab_size=16, block_size=64)
 MACHINE = {"name": "a machine", "bytes_per_s": 1e9, "flop_per_s": 1e10}
@@ -191,11 +191,6 @@ def test_tables_are_markdown_and_line_up():
     ]
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return prepare(stories=200, root=tmp_path_factory.mktemp("data")).parent
-
-
 @pytest.fixture
 def script(call, monkeypatch, tmp_path):
     """Run bench.py on small shapes -> exit status, stdout, stderr."""
@@ -216,24 +211,21 @@ def test_all_variants_are_measured(script, tmp_path):
     assert out.count("\n| mla_decoupled 1/2 joint ") == 2
 
 
-def test_training_is_measured_by_train_itself(script, data, tmp_path, monkeypatch):
+def test_training_is_measured_by_train_itself(script, stories, tmp_path, monkeypatch):
     flags = ["--attn=mla_rope", "--size=tiny", "--context=4", "--batch=2", "--dtype=float32", "--rounds=1", "--train"]
     monkeypatch.setattr(bench, "VARIANTS", (("mla_rope", 0.5, True),))
-    status, out, err = script(*flags, f"--data={data / 'stories'}", "--device=cpu")
+    status, out, err = script(*flags, f"--data={stories}", "--device=cpu")
     (row,) = json.loads((tmp_path / "bench.json").read_text())["rows"]
     assert status == 0 and row["train"] > 0 and " train" in out
     assert script(*flags, f"--data={tmp_path / 'nothing'}")[0] == 2  # train.py says why
 
 
-def save(path, attn, val_loss, **changes):
-    model = GPT(config_of(attn))
-    checkpoint = {"format": FORMAT, "config": asdict(model.config), "model": model.state_dict()}
-    torch.save(checkpoint | {"step": 3, "val_loss": val_loss, "floor": 0.5} | changes, path)
-    return path
+def trained(path, attn, val_loss, **entries):
+    return save(path, GPT(config_of(attn)), **{"step": 3, "val_loss": val_loss, "floor": 0.5} | entries)
 
 
 def test_checkpoints_bring_their_loss(script, tmp_path):
-    paths = [save(tmp_path / f"{attn}.pt", attn, loss) for attn, loss in (("mha", 1.0), ("mla", 1.25))]
+    paths = [trained(tmp_path / f"{attn}.pt", attn, loss) for attn, loss in (("mha", 1.0), ("mla", 1.25))]
     status, out, err = script(*paths, "--dtype", "float32", "--rounds=1")
     rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
     assert status == 0 and [row["excess"] for row in rows] == [0.5, 0.75] and rows[1]["loss_to_mha"] == 0.25
@@ -245,7 +237,7 @@ def test_runs_that_differ_only_in_their_seed_share_a_row(script, tmp_path):
     runs = [("mha", 0, 1e-3, 1.0), ("mha", 1, 1e-3, 1.2), ("mla", 0, 1e-3, 1.5), ("mla", 1, 1e-3, 1.8)]
     runs += [("mla", 2, 1e-3, 2.1), ("mla", 2, 1e-3, 9.0), ("mla", 1, 2e-3, 8.0)]
     paths = [
-        save(tmp_path / f"{i}.pt", attn, loss, options={"seed": seed, "lr": lr, "out": f"out/{i}"})
+        trained(tmp_path / f"{i}.pt", attn, loss, options={"seed": seed, "lr": lr, "out": f"out/{i}"})
         for i, (attn, seed, lr, loss) in enumerate(runs)
     ]
     status, out, err = script(*paths, "--dtype", "float32", "--rounds=1")
@@ -259,19 +251,19 @@ def test_runs_that_differ_only_in_their_seed_share_a_row(script, tmp_path):
     assert "+63.6%" in out and "1.8000±0.1732" in out
 
 
-def test_stories_of_a_checkpoint_are_judged(script, data, tmp_path):
-    meta, train, _ = load_data(data / "stories")
+def test_stories_of_a_checkpoint_are_judged(script, stories, tmp_path):
+    meta, train, _ = load_data(stories)
     torch.manual_seed(0)
     model = GPT(replace(config_of("mla_decoupled"), vocab_size=meta["vocab_size"], block_size=300))
-    path = save(tmp_path / "a.pt", "mla", 1.0, config=asdict(model.config), model=model.state_dict(), meta=meta)
-    status, out, err = script(path, "--judge=3", "--context=8", "--rounds=1", f"--data={data / 'stories'}")
+    path = trained(tmp_path / "a.pt", "mla", 1.0, config=asdict(model.config), model=model.state_dict(), meta=meta)
+    status, out, err = script(path, "--judge=3", "--context=8", "--rounds=1", f"--data={stories}")
     (row,) = json.loads((tmp_path / "bench.json").read_text())["rows"]
     assert status == 0 and "grammar" in out and "recall" in out
     assert row["grammar"] < 2 and row["copied"] < 0.2 and 0 < row["recall"] < 0.2  # it has learnt nothing yet
     assert 0 < row["chance"] < row["copying"] < 0.5 and row["lost"] > 0.1
     assert bench.sample(model, load_tokenizer("stories"), 3) == bench.sample(model, load_tokenizer("stories"), 3)
-    path = save(path, "mla", 1.0, config=asdict(model.config), model=model.state_dict(), meta=meta | {"seed": 1})
-    status, out, err = script(path, "--judge=3", f"--data={data / 'stories'}")
+    path = trained(path, "mla", 1.0, config=asdict(model.config), model=model.state_dict(), meta=meta | {"seed": 1})
+    status, out, err = script(path, "--judge=3", f"--data={stories}")
     assert status == 2 and "was not trained on the story world" in err and err.count("\n") == 1
     status, out, err = script("--judge=3")
     assert status == 2 and "name the checkpoints to judge" in err
@@ -299,7 +291,7 @@ def test_wrong_input_ends_in_one_line(arguments, says, script):
 
 
 def test_flags_that_contradict_a_checkpoint_are_refused(script, tmp_path):
-    status, out, err = script(save(tmp_path / "a.pt", "mla", 1.0), "--context=65")
+    status, out, err = script(trained(tmp_path / "a.pt", "mla", 1.0), "--context=65")
     assert status == 2 and "has a context of 64" in err
     status, out, err = script(tmp_path / "a.pt", "--attn=mha")
     assert status == 2 and "leave them out" in err

@@ -23,11 +23,6 @@ KNOWN = "mha to mla; mha_rope, gqa to mla_rope"
 
 
 @pytest.fixture(scope="module")
-def stories(tmp_path_factory):
-    return prepare(stories=400, root=tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
 def trained(stories, tmp_path_factory):
     """{attention: folder of a model}; all but gqa have learnt which words follow which."""
     folders = {}

@@ -10,7 +10,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import train
-from data.prepare import prepare
 from model import ABSORBS, ATTN, GPT, GPTConfig, load_checkpoint
 
 DEVICE = os.environ.get("DEVICE", "cuda" if torch.cuda.is_available() else "")
@@ -29,17 +28,12 @@ def exact_products():
     torch.set_float32_matmul_precision("highest")
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return prepare(stories=400, root=tmp_path_factory.mktemp("data"))
-
-
 @pytest.fixture
-def make_run(data, tmp_path):
+def make_run(stories, tmp_path):
     """A run of train.py on the device, into tmp_path/name."""
 
     def make_run(name, *flags):
-        given = [*SMALL, "--steps=100", *flags, f"--data={data}", f"--device={DEVICE}", f"--out={tmp_path / name}"]
+        given = [*SMALL, "--steps=100", *flags, f"--data={stories}", f"--device={DEVICE}", f"--out={tmp_path / name}"]
         return train.Run(train.parse_arguments(given))
 
     return make_run

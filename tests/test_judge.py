@@ -2,17 +2,19 @@
 
 import random
 import re
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiktoken
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from data import judge as judging
 from data import stories
-from data.common import load_data, load_tokenizer
+from data.common import END, load_data, load_tokenizer
 from data.judge import Reader, consistency, copied, explain, grammar, judge, mean_and_error, recall
 from data.prepare import prepare
 from data.stories import Author, locate, words_of
@@ -256,7 +258,7 @@ class Copier(torch.nn.Module):
     def __init__(self, vocab_size, answers):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
-        self.config = GPTConfig(vocab_size=vocab_size, block_size=400)
+        self.config = GPTConfig(vocab_size=vocab_size, block_size=4000)
         self.answers, self.number = answers, 0
 
     def forward(self, idx, targets):
@@ -271,22 +273,30 @@ class Copier(torch.nn.Module):
         return logits, torch.nn.functional.cross_entropy(logits[0], targets[0])
 
 
-@pytest.mark.parametrize("baseline", ["copying", "chance", None])
-def test_a_model_that_copies_or_guesses_has_the_recall_of_its_baseline(data, baseline):
-    """And one that knows the right word has 1, and loses nothing."""
-    meta, _, val = data
-    answers = []
-    for number in range(meta["stories"] - meta["val_stories"], meta["stories"]):
-        story = Author(meta["seed"], number)
+LETTERS = tiktoken.Encoding(
+    "letters", pat_str="(?s:.)", mergeable_ranks={bytes([i]): i for i in range(256)}, special_tokens={END: 256}
+)
+
+
+@pytest.mark.parametrize("tokenizer, baseline", [*product([TOKENIZER], ["copying", "chance", None]), (LETTERS, None)])
+def test_a_model_that_copies_or_guesses_has_the_recall_of_its_baseline(tokenizer, baseline, monkeypatch):
+    """And one that knows the right word has 1, and loses nothing; letters, because there "cap" begins like "cape"."""
+    monkeypatch.setattr(judging, "load_tokenizer", lambda name: tokenizer)
+    meta = dict(seed=3, stories=30, val_stories=30, tokenizer=tokenizer.name, end=tokenizer.eot_token)
+    answers, val = [], [meta["end"]]
+    for number in range(30):
+        story = Author(3, number)
+        tokens, positions = locate(story, tokenizer)
+        val += [*tokens, meta["end"]]
         answers.append([])
-        for word, (place, _) in zip(story.determined, locate(story, TOKENIZER)[1], strict=True):
+        for word, (place, _) in zip(story.determined, positions, strict=True):
             old, space = story.text[word.start : word.end], story.text[word.start - 1] == " "
             every = [str(w.form(word.form)) for w in words_of(word.category)]
             every = [w[0].upper() + w[1:] for w in every] if old[0].isupper() else every
             others = [w for w in every if w != old]
             words = [old] + others[: {"copying": word.used - 1, "chance": len(others), None: 0}[baseline]]
-            answers[-1].append((place, [TOKENIZER.encode_ordinary(" " * space + w) for w in words]))
-    found, told = recall(Copier(meta["vocab_size"], answers), data)
+            answers[-1].append((place, [tokenizer.encode_ordinary(" " * space + w) for w in words]))
+    found, told = recall(Copier(tokenizer.n_vocab, answers), (meta, None, np.array(val)))
     expected = found[baseline] if baseline else np.ones_like(found["p"])
     assert found["p"] == pytest.approx(expected, rel=1e-6)
     assert told["recall"] == pytest.approx(told[baseline] if baseline else 1, rel=1e-6)

@@ -8,12 +8,13 @@ import math
 import os
 import pickle
 import warnings
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import reference
 import torch
+from conftest import save
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -846,10 +847,6 @@ def test_lower_precisions_run_and_only_round(attn, joint, data):
 
 
 # Checkpoints
-
-
-def save(path, gpt, **changes):
-    torch.save({"format": FORMAT, "config": asdict(gpt.config), "model": gpt.state_dict(), **changes}, path)
 
 
 @pytest.mark.parametrize(("attn", "joint"), VARIANTS)

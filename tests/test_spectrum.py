@@ -2,19 +2,19 @@
 
 import json
 import math
-from dataclasses import asdict
 from functools import partial, reduce
 
 import numpy as np
 import pytest
 import torch
+from conftest import save
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import spectrum
 import train
 from data.prepare import prepare
-from model import ATTN, FORMAT, GPT, LEARNED, MLA, GPTConfig
+from model import ATTN, GPT, LEARNED, MLA, GPTConfig
 from spectrum import NULLS, chain_law, diagnose, eigenvalues, haar, laws, logit_ranks, qk_factors, spectra, spiked
 
 SMALL = dict(n_layer=2, n_head=2, n_embd=32, vocab_size=8, block_size=8)
@@ -408,12 +408,6 @@ def test_diagnostics_by_hand():
 
 
 # The script
-
-
-def save(path, model, **changes):
-    checkpoint = {"format": FORMAT, "config": asdict(model.config), "model": model.state_dict(), "step": 7}
-    torch.save(checkpoint | changes, path)
-    return path
 
 
 @pytest.fixture

@@ -27,11 +27,6 @@ SMALL = "--n_layer=1 --n_head=2 --n_embd=32 --block_size=64 --batch_size=4 --gra
 SMALL += ["--eval_steps=2", "--device=cpu"]
 
 
-@pytest.fixture(scope="session")
-def stories(tmp_path_factory):
-    return prepare(stories=400, root=tmp_path_factory.mktemp("data"))
-
-
 @pytest.fixture
 def start(stories, tmp_path):
     """Train a small model on a few stories, into tmp_path/out; returns that folder."""

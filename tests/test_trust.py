@@ -29,7 +29,6 @@ from data import common, judge
 from data import prepare as prep
 from data import stories as world
 from data.common import load_data
-from data.prepare import prepare
 from model import load_checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -39,16 +38,11 @@ SMALL += ["--eval_steps=1", "--device=cpu"]
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return prepare(stories=100, root=tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def out(data, tmp_path_factory):
+def out(stories, tmp_path_factory):
     """The folder of a run that has ended."""
     out = tmp_path_factory.mktemp("out")
     flags = [*SMALL, "--attn=mla", "--steps=2", "--eval_interval=1"]
-    train.Run(train.parse_arguments([*flags, f"--data={data}", f"--out={out}"])).train()
+    train.Run(train.parse_arguments([*flags, f"--data={stories}", f"--out={out}"])).train()
     return out
 
 
@@ -67,10 +61,10 @@ def test_killed_runs_lose_nothing_that_was_saved():
 
 
 @pytest.mark.parametrize("trouble", ["disk", "removed", "nowhere"])
-def test_a_disk_that_fails_ends_in_one_line_and_keeps_the_last_checkpoint(trouble, data, tmp_path, monkeypatch):
+def test_a_disk_that_fails_ends_in_one_line_and_keeps_the_last_checkpoint(trouble, stories, tmp_path, monkeypatch):
     """A file system that takes no more than 100 KB in a file; a folder that is gone; one that cannot be made."""
     out = tmp_path / "out"
-    flags = [*SMALL, "--steps=6", "--eval_interval=2", f"--data={data}"]
+    flags = [*SMALL, "--steps=6", "--eval_interval=2", f"--data={stories}"]
     flags += [f"--out={out if trouble != 'nowhere' else '/proc/out'}"]
     assert trouble == "nowhere" or call(train.main, flags)[0] == 0
     before = trouble == "disk" and (out / "ckpt.pt").read_bytes()
@@ -105,12 +99,12 @@ def free_port():
             return port
 
 
-def two_processes(rank, ports, data, folder):
+def two_processes(rank, ports, stories, folder):
     """One of two processes: they train a run; then another, stopped by a signal to one of them; then resume that."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ["MASTER_ADDR"] = "127.0.0.1"
     torch.set_num_threads(1)
-    flags = [*SMALL, "--steps=6", "--eval_interval=2", "--dtype=float32", "--grad_accum=2", f"--data={data}"]
+    flags = [*SMALL, "--steps=6", "--eval_interval=2", "--dtype=float32", "--grad_accum=2", f"--data={stories}"]
     runs = [("whole", flags, False), ("stopped", flags, True), ("stopped", ["--resume"], False)]
     for port, (name, given_flags, stop) in zip(ports, runs, strict=True):
         os.environ["MASTER_PORT"] = str(port)
@@ -121,18 +115,18 @@ def two_processes(rank, ports, data, folder):
         assert run.train() == (130 if stop else None)
 
 
-def test_two_processes_are_as_one_and_resume_exactly(data, tmp_path):
-    mp.spawn(two_processes, ([free_port() for _ in range(3)], data, tmp_path), nprocs=2)
+def test_two_processes_are_as_one_and_resume_exactly(stories, tmp_path):
+    mp.spawn(two_processes, ([free_port() for _ in range(3)], stories, tmp_path), nprocs=2)
     whole, stopped = (load_checkpoint(tmp_path / name / "last.pt")[1] for name in ("whole", "stopped"))
     assert all(torch.equal(whole["model"][name], stopped["model"][name]) for name in whole["model"])
     assert losses(tmp_path / "whole") == losses(tmp_path / "stopped")
-    flags = [*SMALL, "--steps=6", "--eval_interval=2", "--dtype=float32", "--grad_accum=2", f"--data={data}"]
+    flags = [*SMALL, "--steps=6", "--eval_interval=2", "--dtype=float32", "--grad_accum=2", f"--data={stories}"]
     train.Run(train.parse_arguments([*flags, f"--out={tmp_path}/one"])).train()
     assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "whole"), abs=2e-4)  # rounding
 
 
-def test_if_one_process_dies_all_end(data, tmp_path):
-    flags = [*SMALL, "--steps=1000000", "--eval_interval=5", f"--data={data}", f"--out={tmp_path}"]
+def test_if_one_process_dies_all_end(stories, tmp_path):
+    flags = [*SMALL, "--steps=1000000", "--eval_interval=5", f"--data={stories}", f"--out={tmp_path}"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *flags]
     run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     ranks, deadline = [], time.monotonic() + 120
@@ -166,11 +160,11 @@ run(train.main)
 
 
 @pytest.mark.parametrize("trouble, said", [("disk", "cannot be written"), ("nan", "loss is nan")])
-def test_if_the_first_process_fails_alone_all_end_with_one_line(trouble, said, data, tmp_path):
+def test_if_the_first_process_fails_alone_all_end_with_one_line(trouble, said, stories, tmp_path):
     processes = []
     there = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     for rank in "01":
-        command = [sys.executable, "-c", LEADER_FAILS, *SMALL, f"--data={data}", f"--out={tmp_path}"]
+        command = [sys.executable, "-c", LEADER_FAILS, *SMALL, f"--data={stories}", f"--out={tmp_path}"]
         environment = os.environ | there | {"RANK": rank, "LOCAL_RANK": rank, "TROUBLE": trouble}
         processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True))
     try:
@@ -252,9 +246,9 @@ def call(main, arguments):
     value=values | st.integers(1, 65535),
 )
 @settings(max_examples=TRIES, deadline=None)
-def test_a_hostile_meta_is_refused_or_harmless(data, tmp_path_factory, key, value):
+def test_a_hostile_meta_is_refused_or_harmless(stories, tmp_path_factory, key, value):
     folder = tmp_path_factory.mktemp("hostile") / "data"
-    shutil.copytree(data, folder)
+    shutil.copytree(stories, folder)
     meta = json.loads((folder / "meta.json").read_text()) | {key: value}
     (folder / "meta.json").write_text(json.dumps(meta))
     try:
@@ -302,7 +296,7 @@ FLAGS = {
 
 
 @pytest.mark.parametrize("main", FLAGS, ids=lambda main: main.__module__)
-def test_no_command_line_ends_in_a_traceback(main, data, out, tmp_path_factory, monkeypatch):
+def test_no_command_line_ends_in_a_traceback(main, stories, out, tmp_path_factory, monkeypatch):
     folder = tmp_path_factory.mktemp("fuzz")
     monkeypatch.chdir(folder)
     monkeypatch.setattr(prep, "TINYSTORIES", "http://127.0.0.1:9/nothing.txt")
@@ -312,7 +306,7 @@ def test_no_command_line_ends_in_a_traceback(main, data, out, tmp_path_factory, 
     monkeypatch.setattr(bench, "ceilings", lambda device, dtype: {"bytes_per_s": 1e10, "flop_per_s": 1e11})
     monkeypatch.setattr(bench, "SIZES", {size: dict(n_layer=1, n_head=2, n_embd=16) for size in bench.SIZES})
     base = {
-        train.main: [*SMALL, "--steps=1", f"--data={data}", "--out=run"],
+        train.main: [*SMALL, "--steps=1", f"--data={stories}", "--out=run"],
         model.main: [out / "ckpt.pt", "--tokens=1"],
         spectrum.main: [out / "ckpt.pt", "--out=."],
         bench.main: ["--attn=mla", "--context=4", "--batch=1", "--rounds=1", "--dtype=float32"],
