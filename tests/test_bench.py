@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import bench
 from data.common import load_data, load_tokenizer
+from data.prepare import prepare
 from model import ABSORBS, ATTN, GPT, GPTConfig
 
 SHAPE = dict(n_layer=2, n_head=4, n_embd=32, vocab_size=16, block_size=64)
@@ -263,8 +264,11 @@ def test_stories_of_a_checkpoint_are_judged(script, stories, tmp_path):
     assert 0 < row["chance"] < row["copying"] < 0.5 and row["lost"] > 0.1
     assert bench.sample(model, load_tokenizer("stories"), 3) == bench.sample(model, load_tokenizer("stories"), 3)
     path = trained(path, "mla", 1.0, config=asdict(model.config), model=model.state_dict(), meta=meta | {"seed": 1})
-    status, out, err = script(path, "--judge=3", f"--data={stories}")
-    assert status == 2 and "was not trained on the story world" in err and err.count("\n") == 1
+    (tmp_path / "mine.txt").write_text("One day.\n\n" * 40)
+    mine = prepare(str(tmp_path / "mine.txt"), tokenizer="stories", root=tmp_path)
+    for data in (stories, mine):
+        status, out, err = script(path, "--judge=3", f"--data={data}")
+        assert status == 2 and "was not trained on the story world" in err and err.count("\n") == 1
     status, out, err = script("--judge=3")
     assert status == 2 and "name the checkpoints to judge" in err
 
