@@ -8,6 +8,7 @@ Reads and writes in that folder: scores.json beside each checkpoint (made once),
 import json
 import math
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from spectrum import NULLS, diagnose, haar, laws, qk_factors, spectra, spiked
 
 DISTANCES = (0, 16, 32, 64, 128)  # tokens since a word was last mentioned: from each to the next
 STORIES = 50  # to judge, of each model
-LEARNT = ("runs", "kv_bytes", "val_loss", "excess", "loss_to_mha", "lost", "recall", "grammar", "consistency", "copied")
+LEARNT = ("runs", "kv_bytes", "val_loss", "excess", "lost", "recall", "grammar", "consistency", "copied")
 SPECTRA = {"effective rank": ".1f", "share of n": ".0%", "of the null's": ".0%", "spiked": ".0%", "MP-gap": ".3g"}
 SPECTRA |= {"MP-gap rotated": ".3g", "beyond chain": ".0%", "beyond mp": ".0%"}
 RECIPE = ("attn", "rank", "joint", "latent_norm", "q_rank", "kv_bytes", "optimizer", "lr", "steps", "source", "data")
@@ -42,15 +43,16 @@ def score(folder):
     found |= {"source": options["init_from"], "kv_bytes": model.kv_bytes_per_token(torch.bfloat16)}
     found |= {"val_loss": checkpoint["val_loss"]}
     if checkpoint["floor"] is None:  # real text
-        bits_per_byte = checkpoint["val_loss"] * meta["val_tokens"] / meta["val_bytes"] / math.log(2)
-        return found | {"bits_per_byte": bits_per_byte}
-    words, numbers = recall(model, load_data("stories"))
-    found |= numbers | {"excess": checkpoint["val_loss"] - checkpoint["floor"]}
-    scores = judged({folder: (model, checkpoint)}, STORIES, "stories", "cpu")[folder]
-    found |= {name: scores[name] for name in ("grammar", "consistency", "copied")}
-    far = np.digitize(words["distance"], DISTANCES[1:])
-    for name in ("p", "copying", "chance"):
-        found[f"{name} by distance"] = [words[name][words["asked"] & (far == i)].mean() for i in range(len(DISTANCES))]
+        found["bits_per_byte"] = checkpoint["val_loss"] * meta["val_tokens"] / meta["val_bytes"] / math.log(2)
+    else:
+        words, numbers = recall(model, load_data("stories"))
+        found |= numbers | {"excess": checkpoint["val_loss"] - checkpoint["floor"]}
+        scores = judged({folder: (model, checkpoint)}, STORIES, "stories", "cpu")[folder]
+        found |= {name: scores[name] for name in ("grammar", "consistency", "copied")}
+        far = np.digitize(words["distance"], DISTANCES[1:])
+        for name in ("p", "copying", "chance"):
+            by_distance = [words[name][words["asked"] & (far == i)].mean() for i in range(len(DISTANCES))]
+            found[f"{name} by distance"] = by_distance
     for part, values in spectra(model).items():
         chain, mp = (laws(config, null)[part] for null in NULLS)
         diagnosed = diagnose(values, chain)
@@ -77,7 +79,7 @@ def group(runs):
     for recipe, members in groups.items():
         numbers = [{k: v for k, v in run.items() if isinstance(v, float | int) and k not in RECIPE} for run in members]
         lists = {k: np.mean([run[k] for run in members], 0) for k, v in members[0].items() if isinstance(v, list)}
-        row = dict(zip(RECIPE, recipe, strict=True)) | mean_of(numbers) | lists
+        row = {"bits_per_byte_error": math.nan} | dict(zip(RECIPE, recipe, strict=True)) | mean_of(numbers) | lists
         row |= {"runs": len(members), "name": name_of(row) + " adamw" * (row["optimizer"] == "adamw")}
         rows.append(row)
     return rows
@@ -116,58 +118,73 @@ def draw_recall(path, rows):
 
 
 def draw_conversions(path, rows, converted):
-    """Excess against rank: converted, after a short training, and trained from scratch; a panel for each source."""
+    """Loss against rank: converted, after a short training, and trained from scratch; a panel for each source."""
     sources = sorted({row["source"] for row in converted}, reverse=True)
     panels = Figure(figsize=(9, 3.8), layout="constrained").subplots(1, len(sources), squeeze=False, sharey=True)[0]
     for axes, source in zip(panels, sources, strict=True):
         mine = [row for row in converted if row["source"] == source]
         for joint, steps in sorted({(row["joint"], row["steps"]) for row in mine}):
-            line = [(r["rank"], r["excess"]) for r in mine if (r["joint"], r["steps"]) == (joint, steps)]
+            line = [(r["rank"], r["bits_per_byte"]) for r in mine if (r["joint"], r["steps"]) == (joint, steps)]
             label = ("joint, " if joint else "separate, ") + (f"{steps} more steps" if steps else "converted")
             axes.plot(*zip(*sorted(line), strict=True), "s" if joint else "o", ls="-" if steps else "--", label=label)
         scratch = [r for r in rows if r["attn"] == mine[0]["attn"] and r["optimizer"] == "muon" and not r["joint"]]
-        x, y, error = zip(*((r["rank"], r["excess"], r.get("excess_error") or 0) for r in scratch), strict=True)
+        x, y, error = zip(*((r["rank"], r["bits_per_byte"], r["bits_per_byte_error"]) for r in scratch), strict=True)
         axes.errorbar(x, y, error, fmt="k^", capsize=3, label="trained from scratch")
-        axes.set(xscale="log", xlabel="rank", title=f"{Path(source).parent.name} to {mine[0]['attn']}", yscale="log")
+        axes.set(xscale="log", xlabel="rank", title=f"{Path(source).parent.name.split('-')[0]} to {mine[0]['attn']}")
         axes.set_xticks([1, 3 / 4, 1 / 2, 1 / 4, 1 / 8], ["1", "3/4", "1/2", "1/4", "1/8"])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-    panels[0].set_ylabel("excess, nats per token")
+    panels[0].set_ylabel("bits per byte")
     panels[-1].legend(fontsize=8)
     panels[0].figure.savefig(path, dpi=120)
+
+
+def draw_cache(path, rows, ylabel):
+    """Loss against cache bytes, of rows trained with Muon."""
+    figure = Figure(figsize=(9, 4.8), layout="constrained")
+    draw_loss(axes := figure.subplots(), [row | {"context": 0, "dtype": "bfloat16"} for row in rows])
+    axes.set_ylabel(ylabel)
+    axes.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, dpi=120)
 
 
 def main(out):
     done = [path.parent for path in sorted(out.glob("*/printed")) if "\nnext:" in path.read_text()]
     runs = [score(folder) for folder in tqdm(done, disable=None)]
-    rows, converted, text = [], [], []
+    usual = {
+        optimizer: Counter(r["lr"] for r in runs if r["optimizer"] == optimizer) for optimizer in ("muon", "adamw")
+    }
+    usual = {optimizer: rates.most_common(1)[0][0] for optimizer, rates in usual.items() if rates}
+    stories, text, rates, converted = [], [], [], []
     for row in group(runs):
-        (text if row["data"] != "stories" else converted if row["source"] else rows).append(row)
-    order = [*COLOURS].index
-    for some in (rows, text):
-        some.sort(key=lambda row: (row["optimizer"] != "muon", order(row["attn"]), row["joint"], -(row["rank"] or 0)))
-        for row in some:
-            row["loss_to_mha"] = row["val_loss"] / next(r["val_loss"] for r in some if r["name"] == "mha") - 1
-    tables = [markdown(cells(rows, LEARNT)), spectra_table(rows)]
+        other_rate = row["lr"] != usual[row["optimizer"]]
+        kind = converted if row["source"] else stories if row["data"] == "stories" else rates if other_rate else text
+        kind.append(row)
+    for rows in (stories, text, rates):
+        order = [*COLOURS].index
+        rows.sort(key=lambda row: (row["optimizer"] != "muon", order(row["attn"]), row["joint"], -(row["rank"] or 0)))
+    lines = [["attn", "KV B/tok", "seeds", "bits per byte", "vs mha_rope"]]
+    reference = next(row for row in text if row["name"] == "mha_rope")
+    for row in text:
+        loss, error, base = row["bits_per_byte"], row["bits_per_byte_error"], reference["bits_per_byte"]
+        scatter = math.hypot(error, reference["bits_per_byte_error"]) / base
+        compared = "" if row is reference else f"{loss / base - 1:+.1%} ± {scatter:.1%}"
+        lines.append([row["name"], f"{row['kv_bytes']:,}", row["runs"], f"{loss:.4f} ± {error:.4f}", compared])
+    tables = [markdown(lines), spectra_table(text), markdown(cells(stories, LEARNT)), spectra_table(stories)]
     if converted:
-        lines = [[r["source"], r["name"], r["steps"], f"{r['excess']:.4f}", f"{r['recall']:.1%}"] for r in converted]
-        tables += [markdown([["from", "to", "more steps", "excess", "recall"], *lines])]
-        draw_conversions(out / "conversions.png", rows, converted)
-    if text:
-        lines = [["attn", "KV B/tok", "seeds", "bits per byte", "vs mha"]]
-        for r in text:
-            told = f"{r['bits_per_byte']:.4f}±{r.get('bits_per_byte_error', math.nan):.4f}"
-            lines.append([r["name"], r["kv_bytes"], r["runs"], told, f"{r['loss_to_mha']:+.1%}"])
-        tables += [markdown(lines)]
+        lines = [[r["source"], r["name"], r["steps"], f"{r['bits_per_byte']:.4f}"] for r in converted]
+        tables += [markdown([["from", "to", "more steps", "bits per byte"], *lines])]
+        draw_conversions(out / "conversions.png", text, converted)
+    if rates:
+        tables += [
+            markdown([["attn", "lr", "bits per byte"], *([r["name"], r["lr"], r["bits_per_byte"]] for r in rates)])
+        ]
     (out / "study.json").write_text(json.dumps({"runs": runs}, indent=1))
     (out / "tables.md").write_text("\n".join(tables))
     print(*tables, sep="\n")
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
-    muon = [row | {"context": 0, "dtype": "bfloat16"} for row in rows if row["optimizer"] == "muon"]
-    draw_loss(axes := figure.subplots(), muon)
-    axes.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(out / "study.png", dpi=120)
-    draw_recall(out / "recall.png", rows)
+    muon = [row | {"val_loss": row["bits_per_byte"], "val_loss_error": row["bits_per_byte_error"]} for row in text]
+    draw_cache(out / "study.png", [row for row in muon if row["optimizer"] == "muon"], "bits per byte")
+    draw_recall(out / "recall.png", stories)
 
 
 if __name__ == "__main__":

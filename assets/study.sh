@@ -1,7 +1,7 @@
 #!/bin/bash
 # The study of assets/study.md: trains every model into study/SCALE, then makes the tables and figures there.
 #
-#     bash assets/study.sh cpu     about 10 hours on 2 cores
+#     bash assets/study.sh cpu     about 12 hours on 2 cores; needs data/kjv, see assets/study.md
 #     bash assets/study.sh gpu     on one H100-class GPU; not run yet
 #
 # Stopped, it continues where it was. Flags of train.py may follow, to try it: bash assets/study.sh cpu --steps=20
@@ -9,8 +9,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 scale=${1-}
 case $scale in
-cpu) flags="--size=tiny --n_head=4 --steps=4000" lr=0.012 adamw=0.004 fine="--steps=200 --lr=0.002" text=800 jobs=$(nproc) ;;
-gpu) flags="--size=30m --steps=1000" lr=0.004 adamw=0.001 fine="--steps=50 --lr=0.001" text=200 jobs=1 ;;
+cpu) flags="--size=tiny --n_head=4 --steps=4000" lr=0.012 adamw=0.004 text=800 fine="--steps=40 --lr=0.002" jobs=$(nproc) ;;
+gpu) flags="--size=30m --steps=1000" lr=0.004 adamw=0.001 text=200 fine="--steps=10 --lr=0.001" jobs=1 ;;
 *) echo "study.sh: '$scale': must be cpu or gpu" >&2 && exit 2 ;;
 esac
 export out=study/$scale flags="$flags ${*:2}"
@@ -22,49 +22,64 @@ flock -n 9 || { echo "study.sh: another one is at work in $out" >&2 && exit 1; }
 }
 echo "$flags" >$out/flags
 
-seeds() { while read -r row; do printf "%s\n" "$row --seed="{0,1,2}; done; }
-sources() { # of the conversions
-    seeds <<-END
-	--attn=mha_rope --lr=$lr
-	--attn=mha --lr=$lr
+# Rows are in order of importance: whoever stops early has fewer rows, but all three seeds of each.
+seeds() { while read -r row; do printf "%s\n" "$row $* --seed="{0,1,2}; done; }
+bible() {
+    seeds --data=kjv --steps=$text --lr=$lr <<-END
+	--attn=mha
+	--attn=mha_rope
+	--attn=mla_rope
+	--attn=mla_rope --rank=0.125
+	--attn=mla
+	--attn=gqa
+	--attn=mla_prerope
+	--attn=mla_decoupled
+	--attn=mla_rope --rank=1
+	--attn=mla --rank=1
+	--attn=mla_decoupled --rank=0.25
+	--attn=gqa --rank=0.25
+	--attn=mla_rope --rank=0.25
+	--attn=mla_decoupled --joint
+	--attn=mla_decoupled --joint --latent_norm --q_rank=0.5
+	--attn=mla_decoupled --rank=1
+	--attn=mla_decoupled --rank=0.125
+	--attn=mla_decoupled --joint --rank=0.25
 	END
 }
-latents() { # in order of importance: whoever stops early has fewer rows, but all three seeds of each
-    seeds <<-END
-	--attn=mla_rope --lr=$lr
-	--attn=mla_decoupled --lr=$lr
-	--attn=mla_rope --rank=0.125 --lr=$lr
-	--attn=mla --lr=$lr
-	--attn=gqa --lr=$lr
-	--attn=mla_prerope --lr=$lr
-	--attn=mha_rope --optimizer=adamw --lr=$adamw
-	--attn=mla_prerope --optimizer=adamw --lr=$adamw
-	--attn=mla_decoupled --optimizer=adamw --lr=$adamw
-	--attn=mla_decoupled --joint --rank=0.25 --lr=$lr
+bible_adamw() { # B's variants, and A's
+    seeds --data=kjv --steps=$text --optimizer=adamw --lr=$adamw <<-END
+	--attn=mha_rope
+	--attn=mla_prerope
+	--attn=mla_decoupled
+	--attn=mla_rope
+	--attn=mha
 	END
 }
-texts() { # real text, if there is any: see assets/study.md
-    [ ! -e data/kjv/meta.json ] || seeds <<-END
-	--attn=mha --data=kjv --steps=$text --lr=$lr
-	--attn=mha_rope --data=kjv --steps=$text --lr=$lr
-	--attn=mla_rope --data=kjv --steps=$text --lr=$lr
-	--attn=mla_rope --rank=0.125 --data=kjv --steps=$text --lr=$lr
-	--attn=mla --data=kjv --steps=$text --lr=$lr
-	--attn=gqa --data=kjv --steps=$text --lr=$lr
-	--attn=mla_prerope --data=kjv --steps=$text --lr=$lr
-	--attn=mla_decoupled --data=kjv --steps=$text --lr=$lr
-	--attn=mla_rope --rank=1 --data=kjv --steps=$text --lr=$lr
-	END
-}
-conversions() { # two trained models at lower ranks, before and after a short training
+conversions() { # two trained models at lower ranks, before and after training for 5% of the steps
     for from in mha_rope mha; do
         for rank in 1 0.75 0.5 0.25 0.125; do
             for joint in "" " --joint"; do
-                row="--attn=${from/mha/mla} --rank=$rank$joint --init_from=$out/$from-lr=$lr-seed=0/ckpt.pt"
+                source=$out/$from-data=kjv-steps=$text-lr=$lr-seed=0/ckpt.pt
+                row="--attn=${from/mha/mla} --rank=$rank$joint --data=kjv --init_from=$source"
                 printf "%s\n" "$row --steps=0" "$row $fine"
             done
         done
     done
+}
+rates() { # is the rate above a fair one for every attention?
+    for attn in mha mha_rope gqa mla mla_rope mla_prerope mla_decoupled; do
+        printf "%s\n" "--attn=$attn --data=kjv --steps=$text --seed=0 --lr="{0.5,2}e-2
+    done
+}
+stories() {
+    seeds --lr=$lr <<-END
+	--attn=mha_rope
+	--attn=mha
+	--attn=mla_rope --rank=0.125
+	--attn=mla_decoupled
+	--attn=mla_rope
+	--attn=mla_prerope
+	END
 }
 run() { # the flags are the run's name, too
     local folder=$out/$(sed 's/--init_from=[^ ]*/--converted/; s/--optimizer=//; s/--attn=//; s/ --/-/g' <<<"$*")
@@ -78,13 +93,13 @@ export -f run
 [ -e data/stories/meta.json ] || python data/prepare.py
 # Runs of one thread each, side by side, train more than one run of all threads. A GPU needs one, and its threads.
 [ $scale = gpu ] || export OMP_NUM_THREADS=1
-for list in texts sources conversions latents; do
+for list in bible conversions bible_adamw rates stories; do
     $list | xargs -P "$jobs" -I{} bash -c "run {}"
 done
 unset OMP_NUM_THREADS
 
 python assets/study.py $out
-for optimizer in "" -adamw; do
-    python spectrum.py $out/{mha_rope,mla_prerope,mla_decoupled}$optimizer-lr=*-seed=* --out=$out/spectra$optimizer |
-        tee $out/spectra$optimizer.txt
+for optimizer in "" -optimizer=adamw; do
+    python spectrum.py $out/{mha_rope,mla_prerope,mla_decoupled}-data=kjv-steps=$text${optimizer/optimizer=/}-lr=*-seed=[012] \
+        --out=$out/spectra$optimizer | tee $out/spectra$optimizer.txt
 done
