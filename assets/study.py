@@ -151,10 +151,8 @@ def draw_cache(path, rows, ylabel):
 def main(out):
     done = [path.parent for path in sorted(out.glob("*/printed")) if "\nnext:" in path.read_text()]
     runs = [score(folder) for folder in tqdm(done, disable=None)]
-    usual = {
-        optimizer: Counter(r["lr"] for r in runs if r["optimizer"] == optimizer) for optimizer in ("muon", "adamw")
-    }
-    usual = {optimizer: rates.most_common(1)[0][0] for optimizer, rates in usual.items() if rates}
+    rates = Counter((r["optimizer"], r["lr"]) for r in runs).most_common()
+    usual = {optimizer: lr for (optimizer, lr), _ in reversed(rates)}  # the most common one
     stories, text, rates, converted = [], [], [], []
     for row in group(runs):
         other_rate = row["lr"] != usual[row["optimizer"]]
@@ -176,9 +174,8 @@ def main(out):
         tables += [markdown([["from", "to", "more steps", "bits per byte"], *lines])]
         draw_conversions(out / "conversions.png", text, converted)
     if rates:
-        tables += [
-            markdown([["attn", "lr", "bits per byte"], *([r["name"], r["lr"], r["bits_per_byte"]] for r in rates)])
-        ]
+        lines = [[r["name"], r["lr"], f"{r['bits_per_byte']:.4f}"] for r in rates]
+        tables += [markdown([["attn", "lr", "bits per byte"], *lines])]
     (out / "study.json").write_text(json.dumps({"runs": runs}, indent=1))
     (out / "tables.md").write_text("\n".join(tables))
     print(*tables, sep="\n")
