@@ -26,6 +26,7 @@ from data.prepare import prepare
 from model import load_checkpoint
 
 FLAGS = "--n_layer=1 --n_head=2 --n_embd=32 --block_size=64 --batch_size=4 --steps=100 --eval_interval=5 --eval_steps=1"
+FLAGS += " --device=cpu"  # where a resumed run is the same, bit for bit
 
 
 def start(data, out):

@@ -26,7 +26,7 @@ from model import ATTN, FORMAT, GPT, GPTConfig, KVCache, RoPE, attend, load_chec
 ABSORBS = ("mla", "mla_prerope", "mla_decoupled")
 JOINS = ("mla", "mla_rope", "mla_decoupled")
 VARIANTS = [(attn, False) for attn in ATTN] + [(attn, True) for attn in JOINS]
-CONTEXT = 256  # more than any drawn text
+CONTEXT = 250  # more than any drawn text, and no multiple of the cache's step
 
 seeds = st.integers(0, 2**32 - 1)
 
@@ -118,7 +118,7 @@ def paths(attn):
 
 
 def close(a, b, tolerance=1e-9):
-    """Equal up to rounding, relative to the largest number: scores and logits are sums."""
+    """Equal up to rounding, relative to the largest number, or to 1 if all are smaller."""
     a, b = (torch.as_tensor(t, dtype=torch.float64) for t in (a, b))
     assert a.shape == b.shape
     error = (a - b).abs().max().item()
@@ -195,14 +195,13 @@ def test_rows_of_a_batch_never_influence_each_other(attn, joint, data):
 
 @torch.no_grad()
 def shifted(config, seed, *positions):
-    """One attention's output for the same tokens, in the same order, at several positions: other rows of the tables."""
-    attention = build(config, seed).blocks[0].attn
+    """One attention's output for the same six inputs, in the same order, as if they stood at other positions."""
+    attention = build(replace(config, block_size=1100), seed).blocks[0].attn
     x = torch.randn(2, 6, config.n_embd, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    order, tables = torch.arange(6), RoPE(config.rope_dim or config.head_dim, 1100, config.rope_base).double()
-    outputs = []
-    for rows in positions:
-        attention.rope.cos, attention.rope.sin = tables.cos[rows], tables.sin[rows]
-        outputs.append(attention(x, order, causal_mask(range(6), 6)))
+    rotate, outputs = attention.rope.forward, []
+    for at in positions:
+        attention.rope.forward = lambda x, order, at=at: rotate(x, at[order])
+        outputs.append(attention(x, torch.arange(6), causal_mask(range(6), 6)))
     return outputs
 
 
@@ -226,8 +225,8 @@ def test_prerope_attention_depends_on_absolute_positions(seed, shift):
 
 
 @pytest.mark.parametrize(("heads", "groups"), [(2, 2), (4, 2), (3, 1)])
-def test_fused_and_plain_attention_are_the_same(heads, groups):
-    """More scores than plain products should hold go to a fused kernel, with the same result, masked or not."""
+def test_attention_equals_the_reference_with_and_without_the_fused_kernel(heads, groups):
+    """Many scores go to PyTorch's fused kernel, few to plain products: the same result, with and without a mask."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(2, heads, 640, 8), (2, groups, 640, 8), (2, groups, 640, 6)]
     q, k, v = (torch.randn(shape, dtype=torch.float64, generator=generator) for shape in shapes)
@@ -245,9 +244,9 @@ def test_fused_and_plain_attention_are_the_same(heads, groups):
 
 @over(VARIANTS, 25)
 def test_cached_decoding_equals_the_full_forward(attn, joint, data):
-    """Absorbed or expanded, in any chunks, in a cache that grows by any number of places.
+    """Absorbed or expanded, in any chunks, in a cache that grows by any number of slots.
 
-    A chunk returns its last logits alone; by way of a second layer they depend on its other tokens too."""
+    A call returns only its last token's logits. With two layers these depend on the chunk's other tokens, too."""
     config, seed = data.draw(configs(attn, joint, n_layer=2)), data.draw(seeds)
     chunks, step = data.draw(chunkings(config.head_dim)), data.draw(st.sampled_from([1, 3, 8, 128]))
     model, idx = build(config, seed), text(config, seed, 2, sum(chunks))
@@ -263,7 +262,7 @@ def test_cached_decoding_equals_the_full_forward(attn, joint, data):
 
 @over([v for v in VARIANTS if v[0] in ABSORBS], 25)
 def test_absorbed_and_expanded_attention_are_the_same_function(attn, joint, data):
-    """Of any queries, latents and rotary keys, for any number of queries: no matter where these come from."""
+    """For arbitrary queries, latents and rotary keys, not only those that a model produces."""
     config, seed = data.draw(configs(attn, joint)), data.draw(seeds)
     attention, generator = build(config, seed).blocks[0].attn, torch.Generator().manual_seed(seed)
     T, S = data.draw(st.integers(1, 5)), data.draw(st.integers(5, 9))
@@ -280,31 +279,33 @@ def test_absorbed_and_expanded_attention_are_the_same_function(attn, joint, data
 
 @pytest.mark.parametrize(("attn", "joint"), [v for v in VARIANTS if v[0] in ABSORBS])
 def test_the_fast_path_is_the_default_and_expands_nothing(attn, joint):
-    """absorb=None decodes without ever forming the keys and values of the cached tokens; absorb=False forms them."""
+    """By default, decoding never forms the cached keys and values; absorb=False does, and so does a prompt longer than
+    a head is wide."""
     model = build(GPTConfig(n_embd=16, n_head=2, n_layer=1, vocab_size=9, attn=attn, joint=joint), 0)
     expanded = []
-    model.blocks[0].attn.w_uk.register_forward_hook(lambda module, args, out: expanded.append(out))
-    for absorb, chunks, times in ((None, [4, 1], 0), (True, [4, 1], 0), (False, [4, 1], 2), (None, [9], 1)):
+    for linear in (model.blocks[0].attn.w_uk, model.blocks[0].attn.w_uv):
+        linear.register_forward_hook(lambda module, args, out: expanded.append(out))
+    for absorb, chunks, times in ((None, [4, 1], 0), (True, [4, 1], 0), (False, [4, 1], 4), (None, [9], 2)):
         expanded.clear()  # heads are 8 wide: a prompt of 9 tokens is cheaper to expand
         feed(model, model.init_cache(1, absorb), text(model.config, 0, 1, sum(chunks)).split(chunks, 1))
         assert len(expanded) == times
 
 
-# absorb, dtype, and the error allowed for rounding: logits have a standard deviation of about 0.1.
-WAYS = [(None, torch.float64, 1e-9), (False, torch.float64, 1e-9), (None, torch.float32, 1e-6)]
-WAYS += [(None, torch.bfloat16, 0.01)]
+# absorb, dtype, and the error allowed for rounding
+WAYS = [(None, torch.float64, 1e-9), (False, torch.float64, 1e-9), (None, torch.float32, 1e-5)]
+WAYS += [(None, torch.bfloat16, 0.05)]
 
 
 def small(attn, joint=False, dtype=torch.float64, **options):
-    torch.manual_seed(0)
+    """A small model for fixed examples, with attention as sharp as build() makes it."""
     shape = dict(n_layer=2, n_head=2, n_embd=16, vocab_size=11, block_size=12)
-    return GPT(GPTConfig(attn=attn, joint=joint, **shape, **options)).to(dtype).eval()
+    return build(GPTConfig(attn=attn, joint=joint, **shape, **options), 0).to(dtype)
 
 
 @pytest.mark.parametrize("attn, joint", VARIANTS)
 @pytest.mark.parametrize("absorb, dtype, tolerance", WAYS)
 def test_decoding_equals_the_full_forward_in_all_precisions(attn, joint, absorb, dtype, tolerance):
-    """Against float64 with the same weights. What the empty places of the cache hold must not matter."""
+    """Against float64 with the same weights. What the empty slots of the cache hold must not matter."""
     model = small(attn, joint, dtype)
     exact = copy.deepcopy(model).double()
     idx = torch.randint(11, (3, 12), generator=torch.Generator().manual_seed(0))
@@ -313,37 +314,33 @@ def test_decoding_equals_the_full_forward_in_all_precisions(attn, joint, absorb,
     for tensor in tree_leaves(cache.layers):
         tensor.fill_(7.0)
     logits = feed(model, cache, idx.split([4] + [1] * 8, 1))
-    assert (logits.double() - expected[:, 3:]).abs().max() < tolerance
+    close(logits, expected[:, 3:], tolerance)
+
+
+class NoFloat64(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        assert all(t.dtype != torch.float64 for t in tree_leaves(out) if torch.is_tensor(t)), function
+        return out
 
 
 @pytest.mark.parametrize(("attn", "joint"), VARIANTS)
-def test_tables_of_rope_are_exact_and_never_less_than_float32(attn, joint):
-    """In bfloat16 too, and in float64 they are not rounded to float32. Nothing else is float64, on any device."""
-
-    class NoFloat64(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            out = function(*args, **(kwargs or {}))
-            assert all(t.dtype != torch.float64 for t in tree_leaves(out) if torch.is_tensor(t)), function
-            return out
-
+def test_no_operation_is_in_float64(attn, joint):
+    """Not every device has it."""
     model = GPT(GPTConfig(n_embd=16, n_head=2, n_layer=1, vocab_size=9, block_size=100, attn=attn, joint=joint))
     assert all(buffer.dtype == torch.float32 for buffer in model.buffers())
     with NoFloat64(), torch.no_grad():
         model(torch.tensor([[1, 2]]), torch.tensor([[2, 3]]))
         model.generate(torch.tensor([[1, 2]]), 3)
-    if attn in ("mha", "mla"):
-        return
-    rope = model.blocks[0].attn.rope
-    angle = 99 * 10000.0 ** (-2 / rope.cos.size(1))  # of the second pair, at the last position
-    for dtype, kept, error in (
-        ("bfloat16", "float32", 1e-7),
-        ("float16", "float32", 1e-7),
-        ("float64", "float64", 1e-14),
-    ):
-        model.to(getattr(torch, dtype))
-        assert rope.cos.dtype == rope.sin.dtype == getattr(torch, kept)
-        assert rope.cos[99, 1].item() == pytest.approx(math.cos(angle), abs=error)
-        assert rope.sin[99, 1].item() == pytest.approx(-math.sin(angle), abs=error)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_rope_keeps_its_precision_whatever_the_model_is_converted_to(dtype):
+    """Tables in bfloat16 would blur positions; in float64, tables rounded to float32 would show."""
+    rope, positions = RoPE(8, 100, 10000.0).to(dtype), torch.tensor([0, 50, 99])
+    x = torch.randn(3, 8, dtype=torch.promote_types(dtype, torch.float32), generator=torch.Generator().manual_seed(0))
+    expected = reference.rope(x.double().numpy(), positions.numpy(), 10000.0)
+    close(rope(x, positions), expected, 1e-12 if dtype == torch.float64 else 1e-6)
 
 
 @pytest.mark.parametrize(("attn", "joint"), VARIANTS)
@@ -444,6 +441,15 @@ def sampler(seed=0, **changes):
     """A small model for tests of sampling."""
     shape = {"n_embd": 16, "n_head": 2, "n_layer": 1, "vocab_size": 12, "block_size": 32, "attn": "mla"}
     return build(GPTConfig(**{**shape, **changes}), seed)
+
+
+@pytest.mark.parametrize("attn", ["mha", "mla"])
+@pytest.mark.parametrize("training", [True, False])
+def test_dropout_acts_in_training_only(attn, training):
+    model = sampler(attn=attn, dropout=0.5).train(training)
+    idx, x, mask = text(model.config, 0, 2, 8), torch.randn(2, 8, 16, dtype=torch.float64), causal_mask(range(8), 8)
+    for forward in (lambda: full(model, idx), lambda: model.blocks[0].attn(x, torch.arange(8), mask)):
+        assert torch.equal(forward(), forward()) == (not training)
 
 
 @given(seeds)
@@ -591,7 +597,7 @@ def test_mqa_has_one_key_head():
 
 @over(VARIANTS, 12)
 def test_the_cache_takes_the_bytes_that_the_table_says(attn, joint, data):
-    """nbytes = batch * allocated places * kv_bytes_per_token(dtype) = the formula, for any rank, precision and length;
+    """nbytes = batch * allocated slots * kv_bytes_per_token(dtype) = the formula, for any rank, precision and length;
     and allocated is what the tokens need, rounded up to whole steps, but never more than the context."""
     config = data.draw(configs(attn, joint))
     if attn.startswith("mla"):  # ranks that are no multiple of 1/d too: r is the nearest whole number
@@ -613,7 +619,7 @@ def test_the_cache_takes_the_bytes_that_the_table_says(attn, joint, data):
     assert model.kv_bytes_per_token(dtype) == numbers * config.n_layer * dtype.itemsize
     for absorb in paths(attn):
         cache = model.init_cache(batch, absorb, dtype)
-        assert cache.nbytes == 0 and model.init_cache(batch, absorb).layers[0].popitem()[1].dtype == torch.float32
+        assert cache.nbytes == 0 and tree_leaves(model.init_cache(batch, absorb).layers)[0].dtype == torch.float32
         cache.reserve(length)
         tensors = tree_leaves(cache.layers)
         assert cache.size == min(math.ceil(length / KVCache.STEP) * KVCache.STEP, CONTEXT)
@@ -822,28 +828,23 @@ def test_gradients_reach_every_parameter(attn, joint, data):
     close((losses[0] - losses[1]) / (2 * step), slope, 1e-7)
 
 
-@over(VARIANTS, 3)
-def test_lower_precisions_run_and_only_round(attn, joint, data):
-    """In float32 and bfloat16: loss, gradients and samples, and a cache of another precision than the weights."""
-    config, seed = data.draw(configs(attn, joint, vocab_size=20)), data.draw(seeds)
-    idx, targets = text(config, seed, 2, 8), text(config, seed + 1, 2, 8)
-    torch.manual_seed(seed)
-    model = GPT(config).double()
-    with torch.no_grad():
-        exact = model(idx, targets)[1].item()
-    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.02)):
-        model = model.to(dtype)
-        model.zero_grad()
-        loss = model(idx, targets)[1]
-        loss.backward()
-        assert loss.item() == pytest.approx(exact, rel=tolerance)
-        assert all(weight.grad.isfinite().all() for weight in model.parameters())
-        assert model.generate(idx, 3).shape == (2, 11)
-        for absorb in paths(attn):
-            for cached in (torch.float32, torch.bfloat16):
-                logits = feed(model, model.init_cache(2, absorb=absorb, dtype=cached), idx.split(4, 1))
-                assert logits.dtype == dtype
-                close(logits, full(model, idx)[:, 3::4], tolerance if cached == dtype else 0.02)
+@pytest.mark.parametrize(("attn", "joint"), VARIANTS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+def test_lower_precisions_only_round(attn, joint, dtype, tolerance):
+    """Loss, gradients, and logits from a cache of either precision, against float64 with the same weights."""
+    model = small(attn, joint, dtype)
+    exact = copy.deepcopy(model).double()
+    idx = torch.randint(11, (2, 12), generator=torch.Generator().manual_seed(0))
+    losses = [one(idx[:, :-1], idx[:, 1:])[1] for one in (model, exact)]
+    sum(loss.double() for loss in losses).backward()
+    close(losses[0].detach(), losses[1].detach(), tolerance)
+    for rounded, weight in zip(model.parameters(), exact.parameters(), strict=True):
+        close(rounded.grad, weight.grad, tolerance)
+    for absorb in paths(attn):
+        for cached in (torch.float32, torch.bfloat16):
+            logits = feed(model, model.init_cache(2, absorb, cached), idx.split(4, 1))
+            assert logits.dtype == dtype
+            close(logits, full(exact, idx)[:, 3::4], 0.05 if cached == torch.bfloat16 else tolerance)
 
 
 # Checkpoints
@@ -886,21 +887,11 @@ def test_a_pickle_of_something_else_is_refused(protocol, tmp_path):
     refused(tmp_path / "file")
 
 
-def test_a_missing_checkpoint_a_folder_and_one_of_an_earlier_edition_are_refused(tmp_path):
+def test_a_missing_file_a_folder_and_an_older_format_are_refused(tmp_path):
     assert "No such file" in refused(tmp_path / "missing.pt")
     assert "directory" in refused(tmp_path)
     save(tmp_path / "ckpt.pt", sampler(), format="nanoMLA checkpoint 1")
     assert "other versions do not load" in refused(tmp_path / "ckpt.pt")
-
-
-@pytest.mark.parametrize("share", [0.01, 0.3, 0.6, 0.9, 0.999])
-def test_a_truncated_checkpoint_is_refused(share, tmp_path):
-    """Cut anywhere, it does not load."""
-    save(tmp_path / "whole", sampler())
-    content = (tmp_path / "whole").read_bytes()
-    (tmp_path / "cut").write_bytes(content[: int(share * len(content))])
-    load_checkpoint(tmp_path / "whole", "cpu")
-    refused(tmp_path / "cut")
 
 
 class Bomb:

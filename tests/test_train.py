@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import save
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import model
 import train
 from data import prepare as prep
-from data.common import load_tokenizer
+from data.common import load_data, load_tokenizer
 from data.prepare import prepare
 from model import ATTN, load_checkpoint, tell
 
@@ -57,6 +58,8 @@ def test_every_flag_is_explained_with_its_default(capsys):
 def test_a_run_on_a_gpu_has_a_device_with_an_index(monkeypatch):
     """With stand-ins for a machine with two old GPUs: torch.cuda.set_device does not take "cuda"."""
     chosen = []
+    monkeypatch.setattr(train.shutil, "which", lambda name: f"/usr/bin/{name}")  # a C compiler
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda _: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
@@ -75,6 +78,7 @@ def test_a_run_on_a_gpu_has_a_device_with_an_index(monkeypatch):
 
 @pytest.mark.parametrize("bfloat16, dtype", [(True, "bfloat16"), (False, "float16")])
 def test_sixteen_bits_on_a_gpu_and_float32_on_a_mac(bfloat16, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     options, *_ = train.resolve({})
     assert (options.device, options.size, options.dtype, options.compile) == ("mps", "30m", "float32", False)
@@ -122,6 +126,16 @@ def test_the_rate_does_not_count_the_first_step(start, monkeypatch):
 
 
 # Precision and optimizers
+
+
+def test_a_batch_in_two_halves_is_the_same_batch(stories):
+    """--grad_accum=2, whose halves run in parallel on a CPU, has the same loss and gradient."""
+    found = []
+    for split in (["--batch_size=4", "--grad_accum=1"], ["--batch_size=2", "--grad_accum=2"]):
+        run = train.Run(train.parse_arguments([*SMALL, *split, f"--data={stories}", "--dtype=float32", "--steps=9"]))
+        run.step(0)
+        found.append((run.losses[0].item(), run.norm.item()))
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
 
 
 def test_a_float16_step_that_overflows_changes_nothing(stories):
@@ -181,7 +195,7 @@ def test_rows_hold_every_token_once_and_begin_with_stories(lengths, length):
 
 @given(lengths=st.lists(st.integers(1, 30), min_size=2, max_size=20), block_size=st.integers(1, 40))
 @settings(max_examples=100, deadline=None)
-def test_batches_ask_for_each_validation_token_once(lengths, block_size):
+def test_each_validation_token_is_predicted_exactly_once(lengths, block_size):
     tokens = np.array([END] + [token for n in lengths for token in [*range(10, 10 + n), END]], dtype=np.uint16)
     starts, sizes = train.story_rows(tokens, END, block_size)
     idx, targets = train.batch(tokens, starts, sizes, "cpu")
@@ -194,12 +208,11 @@ def test_batches_ask_for_each_validation_token_once(lengths, block_size):
 def test_the_floor_is_that_of_the_evaluated_stories(stories):
     flags = [f"--data={stories}", "--block_size=350", "--batch_size=2", *SMALL[:3], "--steps=1", "--device=cpu"]
     run = train.Run(train.parse_arguments(flags))
-    _, floor = run.evaluate(run.model, batches=3)
-    count = int(run.val_rows[1][:6].sum())
-    held = int((run.val_ends <= count).sum()) - 1
-    assert run.val_ends[held] == count  # rows end with stories
-    assert floor == pytest.approx(sum(run.meta["val_nats"][:held]) / count)
-    assert run.evaluate(run.model)[1] == pytest.approx(run.meta["floor"])
+    meta, _, val = load_data(stories)
+    ends = np.flatnonzero(val == meta["end"])  # from 0: each of these stories fits into one row
+    _, floor = run.evaluate(run.model, batches=3)  # of two stories each
+    assert floor == pytest.approx(sum(meta["val_nats"][:6]) / ends[6])
+    assert run.evaluate(run.model)[1] == pytest.approx(meta["floor"])
 
 
 def test_the_last_lines_split_the_excess_and_compare_recall_with_guesses(start, capsys, monkeypatch):
@@ -290,7 +303,8 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(stories, tmp_path_fact
     """Stop by Ctrl-C at any step, resume: bit for bit the weights, optimizers, log, spectra of a run that is not."""
     steps, interval = 7, data.draw(st.integers(1, 8))
     stop_at = data.draw(st.integers(0, steps - 1))
-    flags = [f"--data={stories}", *SMALL, "--dropout=0.2", "--attn=mla_rope", f"--steps={steps}"]
+    flags = [f"--data={stories}", *SMALL, "--attn=mla_rope", f"--steps={steps}"]
+    flags += [f"--dropout={data.draw(st.sampled_from([0.0, 0.2]))}"]  # without, two batches run in parallel
     flags += [f"--eval_interval={interval}", f"--grad_accum={data.draw(st.integers(1, 2))}"]
     flags += [f"--optimizer={data.draw(st.sampled_from(['muon', 'adamw']))}"]
     flags += [f"--dtype={data.draw(st.sampled_from(['bfloat16', 'float16', 'float32']))}"]
@@ -317,6 +331,13 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(stories, tmp_path_fact
     assert whole_log == stopped_log and whole["step"] == steps
     for part in ("step", "best", "model", "optimizers", "scaler", "losses"):
         assert same(whole[part], stopped[part]), part
+
+
+def test_ckpt_is_the_best_model_and_last_is_the_last(start, monkeypatch):
+    losses = iter([3.0, 1.0, 2.0, 1.0])  # at steps 0, 1, 2; then of the best model on all data
+    monkeypatch.setattr(train.Run, "evaluate", lambda self, model, batches=None: (next(losses), None))
+    out = start(*SMALL, "--steps=2", "--eval_interval=1")
+    assert [load_checkpoint(out / name)[1]["step"] for name in ("ckpt.pt", "last.pt")] == [1, 2]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_best_model(start, tmp_path):
@@ -358,31 +379,31 @@ def test_a_half_written_line_of_the_log_does_not_hinder_resuming(start):
     "flags, says",
     [
         ("--attn=mhla", "mla_decoupled"),
-        ("--rank=0", "rank"),
+        ("--rank=0", "left out with attn=mha_rope"),
         ("--attn=mla --rank=1.5", "(0, 1]"),
-        ("--attn=mha --rank=0.5", "rank"),
-        ("--attn=mla --rank=half", "rank"),
-        ("--attn=mha --joint", "joint"),
+        ("--attn=mha --rank=0.5", "left out with attn=mha:"),
+        ("--attn=mla --rank=half", "invalid float"),
+        ("--attn=mha --joint", "left out with attn=mha:"),
         ("--attn=mla_prerope --joint", "mla_decoupled"),
-        ("--n_head=3", "n_head"),
-        ("--attn=mla_decoupled --rope_dim=3", "rope_dim"),
-        ("--attn=gqa --rank=0.3", "rank"),
-        ("--steps=-1", "steps"),
-        ("--grad_clip=0", "grad_clip"),
+        ("--n_head=3", "a divisor of n_embd"),
+        ("--attn=mla_decoupled --rope_dim=3", "even, from 2"),
+        ("--attn=gqa --rank=0.3", "for some k that divides"),
+        ("--steps=-1", "from 0 to"),
+        ("--grad_clip=0", "from 1e-09 to"),
         ("--init_from=nowhere.pt", "nowhere.pt"),
-        ("--lr=nan", "lr"),
-        ("--lr=-1", "lr"),
+        ("--lr=nan", "from 0 to"),
+        ("--lr=-1", "from 0 to"),
         ("--warmup=100", "from 0 to 1"),  # a share of the steps, not a number
-        ("--dropout=1", "dropout"),
+        ("--dropout=1", "in [0, 1)"),
         ("--size=7b", "30m"),
         ("--step=10", "--step"),
-        ("--device=warp", "warp"),
-        ("--device=cuda:77", "cuda:77"),
+        ("--device=warp", "not available"),
+        ("--device=cuda:77", "not available"),
         ("--data=/nowhere", "/nowhere"),
-        ("--block_size=10000000", "block_size"),
-        ("--block_size=4", "block_size"),
-        ("--seed=10000000000000000000000000", "seed"),
-        ("--device=meta", "meta"),
+        ("--block_size=10000000", "from 1 to 1048576"),
+        ("--block_size=4", "from 16 to"),
+        ("--seed=10000000000000000000000000", "from 0 to"),
+        ("--device=meta", "not available"),
         ("--resume", "last.pt"),
     ],
 )
@@ -393,7 +414,9 @@ def test_wrong_flags_end_in_one_line_and_status_2(flags, says, stories, tmp_path
     assert status == 2 and line.count("\n") == 1 and says in line and not out.exists()
 
 
-@pytest.mark.parametrize("flags, says", [("--attn=mla", "has mha_rope"), ("--steps=9", "has 2"), ("--lr=1", "has 0.0")])
+@pytest.mark.parametrize(
+    "flags, says", [("--attn=mla", "has mha_rope"), ("--steps=9", "has 2"), ("--lr=1", "has 0.01")]
+)
 def test_resuming_with_another_configuration_is_refused(start, flags, says, call):
     out = start(*SMALL, "--steps=2")
     status, _, line = call(train.main, f"--out={out}", "--resume", *flags.split())
@@ -414,6 +437,13 @@ def test_resuming_on_other_data_is_refused(start, stories, tmp_path, call):
     assert status == 2 and str(data) in line
 
 
+@pytest.fixture
+def untrained(tmp_path):
+    """The checkpoint of a model of stories that has learnt nothing."""
+    shape = dict(n_layer=1, n_head=2, n_embd=32, block_size=64, vocab_size=load_tokenizer("stories").n_vocab)
+    return save(tmp_path / "ckpt.pt", model.GPT(model.GPTConfig(**shape)), meta={"tokenizer": "stories"})
+
+
 @pytest.mark.parametrize(
     "arguments, says",
     [
@@ -429,9 +459,8 @@ def test_resuming_on_other_data_is_refused(start, stories, tmp_path, call):
         ([], "checkpoint"),
     ],
 )
-def test_wrong_flags_of_model_py_end_in_one_line(start, arguments, says, call):
-    out = start(*SMALL, "--steps=1") if "CKPT" in arguments else None
-    arguments = [out / "ckpt.pt" if word == "CKPT" else word for word in arguments]
+def test_wrong_flags_of_model_py_end_in_one_line(untrained, arguments, says, call):
+    arguments = [untrained if word == "CKPT" else word for word in arguments]
     status, _, line = call(model.main, *arguments)
     assert status == 2 and line.count("\n") == 1 and says in line
 
@@ -460,8 +489,7 @@ def test_deepseek_v2_trains_and_tells_a_story_without_a_warning(stories, tmp_pat
     assert call(model.main, tmp_path / "ckpt.pt")[0] == 0
 
 
-def test_model_py_tells_a_story_that_begins_with_the_prompt(start, call):
-    out = start(*SMALL, "--steps=1")
+def test_model_py_tells_a_story_that_begins_with_the_prompt(untrained, call):
     for options in ([], ["--prompt="], ["--seed=-1", "--top_k=5"]):
-        status, told, err = call(model.main, out / "ckpt.pt", "--prompt=One day", "--tokens=5", *options)
+        status, told, err = call(model.main, untrained, "--prompt=One day", "--tokens=5", *options)
         assert status == 0 and told.startswith("One day" if "--prompt=" not in options else "") and not err
