@@ -424,7 +424,7 @@ def analyse_model(path, args):
             before, after = {diagnostic: x[0, 0] for diagnostic, x in diagnosed[name].items()}, {}
             print(f"\n{name}, distance {distance}{', mean over heads' * name.endswith('heads')}")
             if law:
-                draws = 20 if name.endswith("heads") else max(2, 1280 // config.n_embd)  # large matrices scatter less
+                draws = 20 if name.endswith("heads") else max(2, min(20, 1280 // config.n_embd))  # large: less scatter
                 rotated[name] = np.stack([haar(qk_factors(b.attn, distance)[name], draws) for b in model.blocks], 1)
                 report[f"distance {distance}"]["rotated"][name] = after = diagnose(rotated[name], law)
                 above = np.mean(before["mp_gap"] > after["mp_gap"].max(0))

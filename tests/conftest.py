@@ -1,14 +1,21 @@
 """What several test files share."""
 
+import contextlib
+import io
+import signal
 import sys
 from dataclasses import asdict
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from data.common import run
 from data.prepare import prepare
 from model import FORMAT
+
+settings.register_profile("nanomla", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("nanomla")  # no test fails because the machine is busy
 
 
 @pytest.fixture(scope="session")
@@ -19,21 +26,21 @@ def stories(tmp_path_factory):
 
 def save(path, model, /, **entries):
     """Write a checkpoint of a model, with more entries -> its path."""
-    torch.save({"format": FORMAT, "config": asdict(model.config), "model": model.state_dict(), **entries}, path)
+    checkpoint = {"format": FORMAT, "config": asdict(model.config), "model": model.state_dict(), "step": 7}
+    torch.save(checkpoint | entries, path)
     return path
 
 
-@pytest.fixture
-def call(monkeypatch, capsys):
+def call(main, *arguments):
     """Run a script's main as its command line would -> exit status, stdout, stderr."""
-
-    def call(main, *arguments):
-        monkeypatch.setattr(sys, "argv", [main.__code__.co_filename, *map(str, arguments)])
-        capsys.readouterr()
-        try:
+    argv, handler, out, err = sys.argv, signal.getsignal(signal.SIGTERM), io.StringIO(), io.StringIO()
+    sys.argv = [main.__code__.co_filename, *map(str, arguments)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             status = run(main)
-        except SystemExit as stop:
-            status = stop.code
-        return status or 0, *capsys.readouterr()
-
-    return call
+    except SystemExit as stop:
+        status = stop.code
+    finally:
+        sys.argv = argv
+        signal.signal(signal.SIGTERM, handler)
+    return status or 0, out.getvalue(), err.getvalue()

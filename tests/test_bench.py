@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import save
+from conftest import call, save
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -35,7 +35,7 @@ def config_of(attn, rank=0.5, joint=False):
     batch=st.integers(1, 5),
     context=st.integers(2, 60),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_cost_of_a_step_is_what_it_reads_and_multiplies(attn, rank, joint, batch, context):
     """Bytes: weights and filled cache, as allocated. FLOPs: what PyTorch counts in the products of a real step."""
     config = config_of(attn, rank, joint and attn in ("mla", "mla_rope", "mla_decoupled"))
@@ -65,7 +65,8 @@ def test_a_row_holds_the_allocated_bytes_and_medians_of_the_rounds(attn):
     assert bench.speed(found) == pytest.approx(bench.speed(row) / 2) and found["spread"] == pytest.approx(0.5)
     work = {"memory": found["gb"], "arithmetic": found["gflop"] / 10}  # in seconds of MACHINE per second
     assert found["limit"] == max(work, key=work.get) and found["roofline"] == pytest.approx(work[found["limit"]])
-    assert found["memory"] >= 4 * row["parameters"] + 2 * 8 * row["kv_bytes"] / 1e6
+    if "memory" in found:
+        assert found["memory"] >= 4 * row["parameters"] + 2 * 8 * row["kv_bytes"] / 1e6
 
 
 def test_temporary_memory_is_the_peak_of_a_step_alone():
@@ -76,9 +77,9 @@ def test_temporary_memory_is_the_peak_of_a_step_alone():
         (kept[-1] + kept[-1]).sum()  # and 100 MB more
 
     for _ in range(2):
-        torch.ones(200_000_000).sum()  # a higher peak, but before
+        torch.ones(75_000_000).sum()  # a higher peak, but before
         if (found := bench.temporary_bytes(step, "cpu")) is None:
-            pytest.skip("this system does not tell")
+            pytest.skip("this system does not report peak memory")
         assert 190e6 < found < 230e6
 
 
@@ -99,14 +100,14 @@ def test_every_size_has_its_variants(size):
     assert contexts == [512, 4096] and {config.attn for _, _, config in models} == set(ATTN)
 
 
-def test_a_decode_step_attends_to_context_tokens_and_no_empty_places():
+def test_a_timed_step_attends_to_exactly_context_tokens():
     model, seen = GPT(replace(config_of("mla"), block_size=256)).eval(), []
     hidden = model.hidden
     model.hidden = lambda token, positions, cache: (
         seen.append((positions.tolist(), cache.size)) or hidden(token, positions, cache)
     )
     bench.decode(model, 2, 128, True, "cpu")
-    assert set(map(str, seen)) == {"([127], 128)"}
+    assert seen and all(one == ([127], 128) for one in seen)
 
 
 class Allocations(TorchDispatchMode):
@@ -127,13 +128,14 @@ class Allocations(TorchDispatchMode):
 
 @pytest.mark.parametrize("attn", [attn for attn in ATTN if attn != "mla_rope"])
 def test_decoding_copies_no_cache(attn):
-    """Between two growths no step makes anything as large as a layer's cache: only scores, one per head and place."""
+    """Between two growths no step makes anything as large as a layer's cache: only scores, one per head and slot."""
     model = GPT(replace(config_of(attn), block_size=2048)).eval()
     cache, token = model.init_cache(2), torch.zeros(2, 1, dtype=torch.long)
     cache.reserve(2048)
     held = [tensor.data_ptr() for tensor in tree_leaves(cache.layers)]
     with torch.no_grad():
-        for cache.pos in (10, 1500, 2000):
+        for pos in (10, 1500, 2000):
+            cache.pos = pos
             with Allocations() as made:
                 model(token, cache=cache)
             assert max(made.sizes) <= 2 * 4 * 2048 * 4
@@ -193,7 +195,7 @@ def test_tables_are_markdown_and_line_up():
 
 
 @pytest.fixture
-def script(call, monkeypatch, tmp_path):
+def script(monkeypatch, tmp_path):
     """Run bench.py on small shapes -> exit status, stdout, stderr."""
     monkeypatch.setitem(bench.SIZES, "30m", dict(n_layer=1, n_head=8, n_embd=64))
     monkeypatch.setitem(bench.SIZES, "tiny", dict(n_layer=1, n_head=2, n_embd=16))

@@ -9,12 +9,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import call
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train
 from data.prepare import prepare
 from model import GPT, GPTConfig, load_checkpoint
+from spectrum import second_moments
 
 SMALL = "--n_layer=2 --n_head=4 --n_embd=64 --block_size=64 --batch_size=8 --device=cpu".split()
 SMALL += ["--grad_accum=1", "--dtype=float32"]
@@ -32,6 +34,7 @@ def trained(stories, tmp_path_factory):
             *SMALL,
             f"--attn={attn}",
             "--steps=300" if attn != "gqa" else "--steps=20",
+            "--eval_interval=300",
             f"--data={stories}",
             f"--out={folders[attn]}",
         ]
@@ -59,7 +62,7 @@ def logits(model, idx):
 def test_full_rank_keeps_the_logits(source, target, joint):
     model = double(source, **({"rank": 0.5} if source in ("gqa", "mla", "mla_rope") else {}))
     idx = torch.randint(50, (8, 24))
-    moments = train.second_moments(model, idx)
+    moments = second_moments(model, idx)
     new = train.convert(model, replace(model.config, attn=target, rank=1.0, joint=joint), moments)
     assert new.config.attn == target and new.config.joint == joint
     unseen = torch.randint(50, (3, 24))
@@ -71,7 +74,7 @@ def test_full_rank_keeps_the_logits(source, target, joint):
 def test_gqa_is_an_mla_rope_of_the_same_rank_and_the_same_cache(rank):
     model = double("gqa", rank=rank)
     idx = torch.randint(50, (8, 24))
-    new = train.convert(model, replace(model.config, attn="mla_rope"), train.second_moments(model, idx))
+    new = train.convert(model, replace(model.config, attn="mla_rope"), second_moments(model, idx))
     torch.testing.assert_close(logits(new, idx), logits(model, idx), rtol=0, atol=1e-6)
     assert new.kv_bytes_per_token(torch.float32) == model.kv_bytes_per_token(torch.float32)
     separate = double("mla_rope", rank=rank)
@@ -82,18 +85,18 @@ def test_a_joint_latent_of_twice_the_rank_holds_separate_ones():
     """And the other way round: a joint latent, copied, is two."""
     model = double("mla", rank=0.5)
     idx = torch.randint(50, (8, 24))
-    joint = train.convert(model, replace(model.config, rank=1.0, joint=True), train.second_moments(model, idx))
+    joint = train.convert(model, replace(model.config, rank=1.0, joint=True), second_moments(model, idx))
     assert joint.kv_bytes_per_token(torch.float32) == model.kv_bytes_per_token(torch.float32)
     torch.testing.assert_close(logits(joint, idx), logits(model, idx), rtol=0, atol=1e-6)
     model = double("mla", rank=0.5, joint=True)
-    separate = train.convert(model, replace(model.config, joint=False), train.second_moments(model, idx))
+    separate = train.convert(model, replace(model.config, joint=False), second_moments(model, idx))
     torch.testing.assert_close(logits(separate, idx), logits(model, idx), rtol=0, atol=1e-6)
 
 
 def test_queries_from_a_latent_stay_as_they_are():
     model = double("mla", rank=0.5, q_rank=0.5)
     idx = torch.randint(50, (8, 24))
-    new = train.convert(model, replace(model.config, rank=0.25), train.second_moments(model, idx))
+    new = train.convert(model, replace(model.config, rank=0.25), second_moments(model, idx))
     for old_block, new_block in zip(model.blocks, new.blocks, strict=True):
         for name in ("w_dq", "w_uq", "w_o"):
             assert torch.equal(getattr(old_block.attn, name).weight, getattr(new_block.attn, name).weight)
@@ -101,7 +104,7 @@ def test_queries_from_a_latent_stay_as_they_are():
 
 
 @given(d=st.integers(2, 8), n=st.integers(2, 9), seed=st.integers(0, 999), data=st.data())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_compression_is_the_best_of_its_rank(d, n, seed, data):
     """By the theorem of Eckart and Young, the error is that of the truncated SVD of the rows x W themselves."""
     rank = data.draw(st.integers(1, min(d, n)))
@@ -118,7 +121,7 @@ def test_second_moments_are_those_of_what_attention_sees():
     model = double("mha_rope")
     idx = torch.randint(50, (4, 24))
     x = model.blocks[0].attn_norm(model.token_embedding(idx)).flatten(0, 1)
-    moments = train.second_moments(model, idx)
+    moments = second_moments(model, idx)
     model(idx)
     assert len(moments) == 2  # it no longer listens
     torch.testing.assert_close(moments[0], sum(torch.outer(row, row) for row in x) / len(x))
@@ -130,7 +133,7 @@ def test_loss_rises_as_the_rank_falls_and_less_than_with_the_plain_svd(trained, 
         flags = [*SMALL, f"--data={stories}", f"--init_from={trained[attn]}/ckpt.pt", "--steps=0", f"--out={tmp_path}"]
         run = train.Run(train.parse_arguments(flags))
         rows = train.batch(run.train_tokens, run.starts[:64], run.config.block_size, "cpu")[0]
-        moments = train.second_moments(source, rows)
+        moments = second_moments(source, rows)
         plain = [torch.eye(64, dtype=torch.float64)] * 2
         weighted_losses, plain_losses = (
             [
@@ -151,7 +154,7 @@ def test_loss_rises_as_the_rank_falls_and_less_than_with_the_plain_svd(trained, 
 # On the command line
 
 
-def test_no_steps_convert_evaluate_and_save(trained, stories, tmp_path, call):
+def test_no_steps_convert_evaluate_and_save(trained, stories, tmp_path):
     flags = ["--attn=mla_rope", "--rank=1", "--steps=0", f"--init_from={trained['mha_rope']}/ckpt.pt"]
     status, told, err = call(train.main, *flags, f"--data={stories}", f"--out={tmp_path}", "--device=cpu")
     assert status == 0 and not err, err
@@ -170,7 +173,7 @@ def test_a_gqa_becomes_an_mla_rope_of_its_own_rank_if_none_is_given(trained, sto
     assert new["val_loss"] == pytest.approx(old["val_loss"], abs=1e-5)
 
 
-def test_fine_tuning_goes_on_from_the_weights_with_a_schedule_of_its_own(trained, stories, tmp_path):
+def test_fine_tuning_starts_from_the_weights_and_improves_them(trained, stories, tmp_path):
     start = trained["mha_rope"] / "ckpt.pt"
     flags = [f"--init_from={start}", "--steps=30", "--lr=1e-3", "--batch_size=16", f"--data={stories}", "--device=cpu"]
     train.Run(train.parse_arguments([*flags, f"--out={tmp_path / 'tuned'}", "--eval_interval=10"])).train()
@@ -178,7 +181,7 @@ def test_fine_tuning_goes_on_from_the_weights_with_a_schedule_of_its_own(trained
     last = [json.loads(line) for line in (trained["mha_rope"] / "log.jsonl").read_text().splitlines()][-1]
     assert [entry["step"] for entry in log] == [0, 10, 20, 30]
     assert log[0]["val_loss"] == pytest.approx(last["val_loss"], abs=0.02)
-    assert log[-1]["val_loss"] < log[0]["val_loss"] + 0.05
+    assert log[-1]["val_loss"] < log[0]["val_loss"]
     options = load_checkpoint(tmp_path / "tuned" / "ckpt.pt")[1]["options"]
     assert options["n_layer"] == 2 and options["init_from"] == str(start)
     longer = [*flags, "--block_size=96", "--steps=0", f"--out={tmp_path / 'longer'}"]  # RoPE allows it
@@ -217,12 +220,12 @@ def test_a_converted_run_that_was_stopped_resumes(trained, stories, tmp_path, mo
         ("mha_rope", "--n_layer=3", "has 2"),
         ("mha_rope", "--n_embd=32", "has 64"),
         ("mha", "--block_size=128", "has 64"),
-        ("mha_rope", "--attn=mla_rope --latent_norm", "latent_norm"),
-        ("mha_rope", "--rank=0.5", "rank"),
+        ("mha_rope", "--attn=mla_rope --latent_norm", "has False"),
+        ("mha_rope", "--rank=0.5", KNOWN),
         ("mha_rope", "--resume", "last.pt"),
     ],
 )
-def test_what_cannot_be_taken_over_is_refused_in_one_line(source, flags, says, trained, stories, tmp_path, call):
+def test_what_cannot_be_taken_over_is_refused_in_one_line(source, flags, says, trained, stories, tmp_path):
     arguments = [f"--init_from={trained[source]}/ckpt.pt", *flags.split(), f"--data={stories}", f"--out={tmp_path}/out"]
     status, _, err = call(train.main, *arguments)
     assert status == 2 and err.count("\n") == 1 and says in err, err
@@ -230,7 +233,7 @@ def test_what_cannot_be_taken_over_is_refused_in_one_line(source, flags, says, t
 
 
 @pytest.mark.parametrize("changed", [{"tokenizer": "gpt2"}, {"vocab_size": 65536}])
-def test_data_of_another_tokenizer_is_refused(changed, trained, tmp_path, call):
+def test_data_of_another_tokenizer_is_refused(changed, trained, tmp_path):
     data = prepare(stories=40, root=tmp_path)
     meta = json.loads((data / "meta.json").read_text())
     (data / "meta.json").write_text(json.dumps(meta | changed))

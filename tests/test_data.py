@@ -10,6 +10,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
+from conftest import call
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -39,7 +40,7 @@ class Forger(Author):
 
 
 @given(seed=seeds, index=seeds)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_a_story_depends_on_seed_and_index_alone(seed, index):
     story, again = Author(seed, index), Author(seed, index)
     assert (story.text, story.nats, story.events) == (again.text, again.nats, again.events)
@@ -106,7 +107,7 @@ def test_the_text_alone_gives_back_the_choices_and_their_probability(index):
 
 
 @given(seed=seeds, data=st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_every_choice_shows_in_the_text(seed, data):
     """So different choices give different texts, and the sum of -log p is the information content of the text."""
     story = Forger(seed, 0)
@@ -157,7 +158,7 @@ def test_a_story_that_contradicts_its_state_is_not_told():
 
 
 @given(seed=seeds, data=st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_no_other_word_of_its_category_can_stand_in_for_a_determined_word(seed, data):
     """Change one choice: the text may go on differently at a determined word, but never with a rival of that word."""
     story = Forger(seed, 0)
@@ -171,7 +172,7 @@ def test_no_other_word_of_its_category_can_stand_in_for_a_determined_word(seed, 
 
 
 @given(seed=seeds)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_determined_words_were_told_before(seed):
     story = Author(seed, 0)
     tokens, places = locate(story, TOKENIZER)
@@ -200,7 +201,7 @@ def test_recall_is_worth_something_and_stories_keep_to_their_length():
     assert 160 <= mean <= 215 and longest <= 320 and apart >= 0.10 and far >= 0.03
 
 
-def test_the_world_is_rich():
+def test_5000_stories_all_differ_and_use_1500_words_and_every_plot():
     told = [Author(0, index) for index in range(5000)]
     words = Counter(word for story in told for word in re.findall(r"[a-z]+", story.text.lower()))
     assert len(words) >= 1500 and len({story.text for story in told}) == len(told)
@@ -213,7 +214,7 @@ def test_the_world_is_rich():
 
 
 @given(text=st.text())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_the_tokenizer_gives_back_any_text(text):
     assert TOKENIZER.decode(TOKENIZER.encode_ordinary(text)) == text
 
@@ -225,14 +226,14 @@ def test_every_word_of_the_stories_is_a_token():
     assert TOKENIZER.eot_token == TOKENIZER.n_vocab - 1
 
 
-def test_the_vocabulary_is_what_its_command_makes(tmp_path, monkeypatch, call):
+def test_the_vocabulary_is_what_its_command_makes(tmp_path, monkeypatch):
     made = tmp_path / "stories.tiktoken"
     monkeypatch.setattr(stories, "VOCABULARY", made)
     status, out, err = call(stories.main, "vocabulary")
     assert status == 0 and made.read_bytes() == (ROOT / "data" / "stories.tiktoken").read_bytes(), err
 
 
-def test_the_parts_of_the_floor_are_printed(call):
+def test_the_parts_of_the_floor_are_printed():
     status, out, err = call(stories.main, "floor", "20")
     assert status == 0 and "is the floor: " in out and "telling such words apart" in out
     assert call(stories.main, "floor", "0")[0] == 2

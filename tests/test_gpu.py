@@ -24,7 +24,7 @@ def losses(run):
 
 @pytest.fixture(autouse=True)
 def exact_products():
-    """train.py switches TF32 on."""
+    """Full float32 products: train.py turns TF32 on for the whole process."""
     torch.set_float32_matmul_precision("highest")
 
 

@@ -15,7 +15,7 @@ import pytest
 import reference
 import torch
 from conftest import save
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -31,16 +31,12 @@ CONTEXT = 250  # more than any drawn text, and no multiple of the cache's step
 seeds = st.integers(0, 2**32 - 1)
 
 
-def examples(number):
-    """How many random examples a test takes. None fails because the machine is busy."""
-    return settings(max_examples=number, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-
-
 def over(variants, number):
     """Run a test(attn, joint, data) on that many random examples of each variant."""
 
     def wrap(test):
-        return pytest.mark.parametrize(("attn", "joint"), variants)(examples(number)(given(data=st.data())(test)))
+        test = settings(max_examples=number)(given(data=st.data())(test))
+        return pytest.mark.parametrize(("attn", "joint"), variants)(test)
 
     return wrap
 
@@ -216,7 +212,7 @@ def test_attention_depends_on_relative_positions_only(attn, joint, data):
 
 
 @given(seeds, st.integers(1, 5))
-@examples(20)
+@settings(max_examples=20)
 def test_prerope_attention_depends_on_absolute_positions(seed, shift):
     """mla_prerope rotates keys before it compresses them: W_DK W_UK does not commute with the rotation."""
     config = GPTConfig(n_embd=32, n_head=4, n_layer=1, vocab_size=9, attn="mla_prerope", rank=0.5)
@@ -453,7 +449,7 @@ def test_dropout_acts_in_training_only(attn, training):
 
 
 @given(seeds)
-@examples(10)
+@settings(max_examples=10)
 def test_the_same_generator_seed_gives_the_same_sample(seed):
     """All randomness comes from the generator: another seed, another sample."""
     model = sampler(seed)
@@ -483,7 +479,7 @@ def test_samples_follow_the_tempered_and_truncated_softmax(temperature, top_k):
 
 
 @given(seeds, st.integers(1, 3))
-@examples(20)
+@settings(max_examples=20)
 def test_stop_ends_as_soon_as_every_row_has_sampled_it(seed, batch):
     """The result with `stop` is the shortest beginning of the one without that has it in each row's new part."""
     model = sampler(seed, vocab_size=4)
@@ -520,7 +516,7 @@ def same_backbone(data, simpler, **changes):
 
 
 @given(st.data())
-@examples(15)
+@settings(max_examples=15)
 def test_gqa_of_rank_one_is_mha_rope(data):
     """As many key heads as query heads: the parameters have the same names and shapes, and mean the same."""
     mha, gqa, idx = same_backbone(data, "mha_rope", attn="gqa", rank=1.0)
@@ -530,7 +526,7 @@ def test_gqa_of_rank_one_is_mha_rope(data):
 
 @pytest.mark.parametrize(("mha", "mla"), [("mha", "mla"), ("mha_rope", "mla_rope")])
 @given(data=st.data())
-@examples(15)
+@settings(max_examples=15)
 def test_mla_of_rank_one_with_identity_down_projections_is_mha(mha, mla, data):
     """A latent as wide as x that copies x compresses nothing."""
     full_rank, latent, idx = same_backbone(data, mha, attn=mla, rank=1.0)
@@ -542,7 +538,7 @@ def test_mla_of_rank_one_with_identity_down_projections_is_mha(mha, mla, data):
 
 
 @given(st.data())
-@examples(15)
+@settings(max_examples=15)
 def test_mla_with_separate_latents_for_each_head_is_mha_with_thinner_heads(data):
     """If head i's keys and values read only its own r/H latents (W_UK and W_UV block-diagonal), the model is an MHA
     with heads r/H wide: W_UK folds into W_Q, and W_UV into W_O. The scale stays 1/sqrt(h), so the thin heads stand here
@@ -571,7 +567,7 @@ def test_mla_with_separate_latents_for_each_head_is_mha_with_thinner_heads(data)
 
 
 @given(st.data())
-@examples(10)
+@settings(max_examples=10)
 def test_joint_is_two_latents_with_the_same_down_projection(data):
     """--joint merges the latents; with W_DV = W_DK two of them hold the same numbers."""
     attn = data.draw(st.sampled_from(JOINS))

@@ -272,7 +272,7 @@ def test_a_tokenizer_with_too_many_tokens_is_refused(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_any_other_tokenizer_of_tiktoken_will_do(tmp_path, monkeypatch):
+def test_a_tokenizer_whose_endoftext_is_not_its_last_token_works(tmp_path, monkeypatch):
     """Also one whose <|endoftext|> is not its last token."""
     ranks = {bytes([byte]): byte for byte in range(256)}
     special = {END: 300, "<|other|>": 301}

@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import save
+from conftest import call, save
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -181,7 +181,7 @@ def test_the_learning_rate_rises_to_its_peak_and_falls_to_zero(steps, warmup):
 
 
 @given(lengths=st.lists(st.integers(0, 30), min_size=1, max_size=30), length=st.integers(1, 25))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_rows_hold_every_token_once_and_begin_with_stories(lengths, length):
     tokens = np.array([END] + [token for n in lengths for token in [1] * n + [END]], dtype=np.uint16)
     starts, sizes = train.story_rows(tokens, END, length)
@@ -194,7 +194,7 @@ def test_rows_hold_every_token_once_and_begin_with_stories(lengths, length):
 
 
 @given(lengths=st.lists(st.integers(1, 30), min_size=2, max_size=20), block_size=st.integers(1, 40))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_each_validation_token_is_predicted_exactly_once(lengths, block_size):
     tokens = np.array([END] + [token for n in lengths for token in [*range(10, 10 + n), END]], dtype=np.uint16)
     starts, sizes = train.story_rows(tokens, END, block_size)
@@ -298,7 +298,7 @@ def same(a, b):
 
 
 @given(data=st.data())
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 def test_a_stopped_run_goes_on_as_if_nothing_had_happened(stories, tmp_path_factory, data):
     """Stop by Ctrl-C at any step, resume: bit for bit the weights, optimizers, log, spectra of a run that is not."""
     steps, interval = 7, data.draw(st.integers(1, 8))
@@ -407,7 +407,7 @@ def test_a_half_written_line_of_the_log_does_not_hinder_resuming(start):
         ("--resume", "last.pt"),
     ],
 )
-def test_wrong_flags_end_in_one_line_and_status_2(flags, says, stories, tmp_path, call):
+def test_wrong_flags_end_in_one_line_and_status_2(flags, says, stories, tmp_path):
     out = tmp_path / "out"
     arguments = [f"--data={stories}", f"--out={out}", "--n_layer=1", *flags.split()]
     status, _, line = call(train.main, *arguments)
@@ -417,13 +417,13 @@ def test_wrong_flags_end_in_one_line_and_status_2(flags, says, stories, tmp_path
 @pytest.mark.parametrize(
     "flags, says", [("--attn=mla", "has mha_rope"), ("--steps=9", "has 2"), ("--lr=1", "has 0.01")]
 )
-def test_resuming_with_another_configuration_is_refused(start, flags, says, call):
+def test_resuming_with_another_configuration_is_refused(start, flags, says):
     out = start(*SMALL, "--steps=2")
     status, _, line = call(train.main, f"--out={out}", "--resume", *flags.split())
     assert status == 2 and line.count("\n") == 1 and says in line
 
 
-def test_resuming_on_other_data_is_refused(start, stories, tmp_path, call):
+def test_resuming_on_other_data_is_refused(start, stories, tmp_path):
     data = tmp_path / "copy"
     shutil.copytree(stories, data)
     out = start(*SMALL, f"--data={data}", "--steps=2")
@@ -459,7 +459,7 @@ def untrained(tmp_path):
         ([], "checkpoint"),
     ],
 )
-def test_wrong_flags_of_model_py_end_in_one_line(untrained, arguments, says, call):
+def test_wrong_flags_of_model_py_end_in_one_line(untrained, arguments, says):
     arguments = [untrained if word == "CKPT" else word for word in arguments]
     status, _, line = call(model.main, *arguments)
     assert status == 2 and line.count("\n") == 1 and says in line
@@ -475,13 +475,13 @@ def test_wrong_flags_of_model_py_end_in_one_line(untrained, arguments, says, cal
         (["tinystories", "--tokenizer=stories"], "pip install datasets"),
     ],
 )
-def test_wrong_flags_of_prepare_py_end_in_one_line(arguments, says, call, monkeypatch):
+def test_wrong_flags_of_prepare_py_end_in_one_line(arguments, says, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)  # not installed
     status, _, err = call(prep.main, *arguments)
     assert status == 2 and says in err.splitlines()[-1]  # a progress bar may stand above it
 
 
-def test_deepseek_v2_trains_and_tells_a_story_without_a_warning(stories, tmp_path, call):
+def test_deepseek_v2_trains_and_tells_a_story_without_a_warning(stories, tmp_path):
     """With all options of the latents, under autocast, and with spectra."""
     options = ["--attn=mla_decoupled", "--joint", "--latent_norm", "--q_rank=0.5", "--steps=2", "--dtype=bfloat16"]
     status, told, err = call(train.main, *SMALL, *options, f"--data={stories}", f"--out={tmp_path}")
@@ -489,7 +489,7 @@ def test_deepseek_v2_trains_and_tells_a_story_without_a_warning(stories, tmp_pat
     assert call(model.main, tmp_path / "ckpt.pt")[0] == 0
 
 
-def test_model_py_tells_a_story_that_begins_with_the_prompt(untrained, call):
+def test_model_py_tells_a_story_that_begins_with_the_prompt(untrained):
     for options in ([], ["--prompt="], ["--seed=-1", "--top_k=5"]):
         status, told, err = call(model.main, untrained, "--prompt=One day", "--tokens=5", *options)
         assert status == 0 and told.startswith("One day" if "--prompt=" not in options else "") and not err
