@@ -389,8 +389,8 @@ def draw_dynamics(path, columns, title):
 
 def show(title, config, steps, found, null):
     """Print answers about the spectra() (R, S, L, H, n) of R seeds and S snapshots -> {name: diagnostics}"""
-    print(f"{title}: {config.attn}, {config.n_layer} x {config.n_head} heads, {len(steps)} snapshots, step {steps[-1]}")
-    diagnosed = {}
+    diagnosed, when = {}, f"step {steps[-1]}" + f", {len(steps)} snapshots" * (len(steps) > 1)
+    print(f"{title}: {config.attn}, {config.n_layer} x {config.n_head} heads, {when}")
     for name, law in laws(config, null).items():
         diagnosed[name], (part, level) = diagnose(found[name], law), name.split()
         rank = np.nanmean(diagnosed[name]["effective_rank"][:, -1])

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, settings
 
 from data.common import run
 from data.prepare import prepare
-from model import FORMAT
+from model import FORMAT, GPT
 
 settings.register_profile("nanomla", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("nanomla")  # no test fails because the machine is busy
@@ -22,6 +22,19 @@ settings.load_profile("nanomla")  # no test fails because the machine is busy
 def stories(tmp_path_factory):
     """A folder of 400 prepared stories."""
     return prepare(stories=400, root=tmp_path_factory.mktemp("data"))
+
+
+def build(config, seed=0):
+    """A float64 model in eval mode whose every matrix keeps the size of what it multiplies."""
+    torch.manual_seed(seed)
+    model = GPT(config).double().eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() == 2:
+                weight.normal_(std=weight.size(1) ** -0.5)
+            else:
+                weight.uniform_(0.5, 1.5)
+    return model
 
 
 def save(path, model, /, **entries):

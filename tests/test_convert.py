@@ -9,13 +9,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import call
+from conftest import build, call
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train
 from data.prepare import prepare
-from model import GPT, GPTConfig, load_checkpoint
+from model import GPTConfig, load_checkpoint
 from spectrum import second_moments
 
 SMALL = "--n_layer=2 --n_head=4 --n_embd=64 --block_size=64 --batch_size=8 --device=cpu".split()
@@ -43,14 +43,7 @@ def trained(stories, tmp_path_factory):
 
 
 def double(attn, **options):
-    """A model in float64, with weights large enough for attention to matter."""
-    torch.manual_seed(0)
-    config = GPTConfig(n_layer=2, n_head=4, n_embd=32, block_size=24, vocab_size=50, attn=attn, **options)
-    model = GPT(config).double().eval()
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.copy_(torch.rand_like(weight) + 0.5 if weight.dim() == 1 else torch.randn_like(weight) * 0.3)
-    return model
+    return build(GPTConfig(n_layer=2, n_head=4, n_embd=32, block_size=24, vocab_size=50, attn=attn, **options))
 
 
 def logits(model, idx):

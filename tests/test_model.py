@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from conftest import save
+from conftest import build, save
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -71,19 +71,6 @@ def chunkings(draw, h):
     """Lengths of the calls that feed a text: one, single tokens, or mixed; calls of more than h are not absorbed."""
     lengths = draw(st.lists(st.sampled_from([1, 2, 3, 5, h, h + 1]), min_size=1, max_size=4))
     return draw(st.sampled_from([lengths, lengths, [sum(lengths)], [1] * min(sum(lengths), 12)]))
-
-
-def build(config, seed):
-    """A float64 model in eval mode whose every matrix keeps the size of what it multiplies."""
-    torch.manual_seed(seed)
-    model = GPT(config).double().eval()
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.dim() == 2:
-                weight.normal_(std=weight.size(1) ** -0.5)
-            else:
-                weight.uniform_(0.5, 1.5)
-    return model
 
 
 def text(config, seed, batch, length):

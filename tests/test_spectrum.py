@@ -7,7 +7,7 @@ from functools import partial, reduce
 import numpy as np
 import pytest
 import torch
-from conftest import call, save
+from conftest import build, call, save
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -184,13 +184,9 @@ def test_spectra_are_the_eigenvalues_of_the_full_matrices(attn, deepseek, rank):
 def test_the_factors_are_what_attention_scores_with(attn, deepseek, distance):
     """A head's score of a query, `distance` after a key at position 0, is x M x'^T / sqrt(h + R); behind a norm, each
     token's share of it is divided by the size of its latent."""
-    torch.manual_seed(0)
     options = {"latent_norm": True, "q_rank": 0.75, "joint": attn != "mla_prerope"} if deepseek else {}
     config = GPTConfig(attn=attn, **SMALL | {"n_head": 4, "n_layer": 1}, **options)
-    model = GPT(config).double()
-    for weight in model.parameters():
-        torch.nn.init.normal_(weight, std=0.3) if weight.dim() == 2 else torch.nn.init.uniform_(weight, 0.5, 1.5)
-    attention, x = model.blocks[0].attn, torch.randn(1, 7, 32, dtype=torch.float64)
+    attention, x = build(config).blocks[0].attn, torch.randn(1, 7, 32, dtype=torch.float64)
     positions = torch.tensor([0] * 6 + [distance])  # the last token looks at the six others
     mask = torch.zeros(7, 7, dtype=torch.float64)
     mask[:, 6] = -torch.inf
