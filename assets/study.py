@@ -143,7 +143,13 @@ def draw_cache(path, rows, ylabel):
     """Loss against cache bytes, of rows trained with Muon."""
     figure = Figure(figsize=(9, 4.8), layout="constrained")
     draw_loss(axes := figure.subplots(), [row | {"context": 0, "dtype": "bfloat16"} for row in rows])
+    sizes = sorted({row["kv_bytes"] for row in rows})
+    axes.set_xticks(sizes, [f"{size:,}" for size in sizes], rotation=45)
+    axes.minorticks_off()
     axes.set_ylabel(ylabel)
+    for label in axes.texts:
+        if label.get_text().startswith("mla_rope"):  # beside gqa's
+            label.set(position=(-4, -12), ha="right")
     axes.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=120)
 

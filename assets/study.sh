@@ -82,7 +82,7 @@ stories() {
 	END
 }
 run() { # the flags are the run's name, too
-    local folder=$out/$(sed 's/--init_from=[^ ]*/--converted/; s/--optimizer=//; s/--attn=//; s/ --/-/g' <<<"$*")
+    local folder=$out/$(sed 's/--init_from=[^ ]*/--converted/; s/--attn=//; s/ --optimizer=/-/; s/ --/-/g' <<<"$*")
     mkdir -p "$folder"
     if ! grep -qs "^next:" "$folder/printed"; then
         echo "$(date +%H:%M) $folder"
@@ -99,7 +99,7 @@ done
 unset OMP_NUM_THREADS
 
 python assets/study.py $out
-for optimizer in "" -optimizer=adamw; do
-    python spectrum.py $out/{mha_rope,mla_prerope,mla_decoupled}-data=kjv-steps=$text${optimizer/optimizer=/}-lr=*-seed=[012] \
-        --out=$out/spectra$optimizer | tee $out/spectra$optimizer.txt
+for run in lr=$lr adamw-lr=$adamw; do
+    python spectrum.py $out/{mha_rope,mla_prerope,mla_decoupled}-data=kjv-steps=$text-$run-seed=? --out=$out/spectra-$run |
+        tee $out/spectra-$run.txt
 done
