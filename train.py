@@ -6,21 +6,17 @@ and dropout of a step depend only on its number, the seed, and the number of pro
 uninterrupted one.
 """
 
-import copy
 import itertools
 import json
 import math
 import os
 import shutil
 import signal
-import sys
 import time
 from argparse import SUPPRESS, BooleanOptionalAction, Namespace
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
-from shlex import quote
 from subprocess import getoutput
 
 import numpy as np
@@ -30,7 +26,7 @@ import torch.distributed as dist
 from data.common import DATA, InputError, Parser, check_device, fast_bfloat16, load_data, load_tokenizer, run, wrap
 from data.judge import recall
 from data.prepare import prepare
-from model import ATTN, FORMAT, GPT, LEARNED, MLA, SIZES, GPTConfig, load_checkpoint, tell
+from model import ATTN, FORMAT, GPT, LEARNED, SIZES, GPTConfig, load_checkpoint, tell
 from spectrum import second_moments, snapshot
 
 BUDGETS = {  # a training budget for each size. Only tiny has been run
@@ -39,11 +35,11 @@ BUDGETS = {  # a training budget for each size. Only tiny has been run
     "124m": dict(batch_size=16, grad_accum=4, steps=10000, lr=dict(muon=3e-3, adamw=6e-4)),
     "200m": dict(batch_size=16, grad_accum=4, steps=10000, lr=dict(muon=2e-3, adamw=5e-4)),
 }
-FLAGS = {  # name: type or choices, default, help. None: no value, or one that resolve() fills in
+FLAGS = {  # name: type, choices or action; default; help. None: no value, or one that resolve() fills in
     "attn": (ATTN, "mha_rope", "attention variant"),
     "rank": (float, None, "latent width / n_embd; for gqa, key heads / n_head (default: 0.5 where it applies)"),
-    "joint": (bool, False, "one latent for keys and values (mla, mla_rope, mla_decoupled)"),
-    "latent_norm": (bool, False, "an RMSNorm on each latent (mla variants)"),
+    "joint": (BooleanOptionalAction, False, "one latent for keys and values (mla, mla_rope, mla_decoupled)"),
+    "latent_norm": (BooleanOptionalAction, False, "an RMSNorm on each latent (mla variants)"),
     "q_rank": (float, None, "width of the query latent / n_embd (mla variants; default: no query latent)"),
     "rope_dim": (int, None, "width of mla_decoupled's rotary key (default: half a head)"),
     "rope_base": (float, 10000.0, "base of the RoPE frequencies"),
@@ -56,7 +52,7 @@ FLAGS = {  # name: type or choices, default, help. None: no value, or one that r
     "data": (str, "stories", "data made by data/prepare.py: its name in data/, or a path"),
     "out": (str, "out", "folder for checkpoints and logs"),
     "init_from": (str, None, "start from a checkpoint, converted if --attn, --rank or --joint differ (default: none)"),
-    "resume": (bool, False, "continue the run in --out where it stopped"),
+    "resume": (BooleanOptionalAction, False, "continue the run in --out where it stopped"),
     "steps": (int, None, "optimizer steps; 0 only evaluates and saves (default: by size)"),
     "batch_size": (int, None, "sequences per batch, summed over processes (default: by size)"),
     "grad_accum": (int, None, "batches per step (default: by size)"),
@@ -70,12 +66,12 @@ FLAGS = {  # name: type or choices, default, help. None: no value, or one that r
     "seed": (int, 0, "seed of weights, batches and dropout"),
     "device": (str, None, "cpu, mps, cuda, cuda:1, ... (default: cuda if there is one, else mps, else cpu)"),
     "dtype": (("bfloat16", "float16", "float32"), None, "precision of matrix products (default: 16 bits where fast)"),
-    "compile": (bool, None, "torch.compile the model (default: on cuda, if there is a C compiler)"),
+    "compile": (BooleanOptionalAction, None, "torch.compile the model (default: on cuda, if there is a C compiler)"),
 }
 MINIMUM = dict(batch_size=1, grad_accum=1, eval_interval=1, eval_steps=1, block_size=16, grad_clip=1e-9)
 MINIMUM |= dict(steps=0, lr=0, warmup=0, weight_decay=0, seed=0)
 CONVERTS = {"mha": "mla", "mha_rope": "mla_rope", "gqa": "mla_rope", "mla": "mla", "mla_rope": "mla_rope"}
-REVISION = f"git -C {quote(str(Path(__file__).parent))} describe --always --dirty --abbrev=40 --exclude='*' 2>/dev/null"
+REVISION = f'git -C "{Path(__file__).parent}" describe --always --dirty --abbrev=40 --exclude="*" 2>/dev/null'
 PEAK_TFLOPS = {"H100": (989, 495), "H200": (989, 495), "A100": (312, 156), "L40S": (362, 183), "T4": (65, 8)}
 
 
@@ -84,70 +80,57 @@ def parse_arguments(arguments=None):
     example = "example: python train.py --attn=mla_decoupled --rank=0.25 --out=out/quarter"
     parser = Parser(usage="train.py [FLAGS]", description=__doc__, epilog=example, argument_default=SUPPRESS)
     for name, (kind, default, text) in FLAGS.items():
-        how = {"choices" if isinstance(kind, tuple) else "type": kind}
-        how = {"action": BooleanOptionalAction} if kind is bool else how
-        parser.add_argument(f"--{name}", help=text if default is None else f"{text} (default: {default})", **how)
+        how = "choices" if isinstance(kind, tuple) else "action" if kind is BooleanOptionalAction else "type"
+        text += "" if default is None else f" (default: {default})"
+        parser.add_argument(f"--{name}", help=text, **{how: kind})
     return vars(parser.parse_args(arguments))
 
 
 def resolve(given):
-    """Fill in the defaults -> all options, the GPTConfig (its vocab_size comes with the data), and the checkpoint to
-    start from or None. Raises InputError for a flag that is out of range, or contradicts another or the checkpoint."""
-    start, given = read_start(given)
+    """Fill in what was not given -> all options, the GPTConfig (its vocab_size comes with the data), and the checkpoint
+    to start from or None. Raises InputError for a flag out of range, or at odds with another or with the checkpoint."""
+    start, saved, changeable = None, {}, {"attn", "rank", "joint"}
+    if given.get("resume"):
+        start = load_checkpoint(Path(given.get("out", "out")) / "last.pt")[1]
+        saved, changeable = start["options"] | {"out": "out"}, {"resume", "out", "data", "device", "compile"}
+    elif given.get("init_from"):
+        start = load_checkpoint(given["init_from"])[1]
+        saved = {name: start["options"][name] for name in FLAGS.keys() & {"size", *start["config"]} - {"dropout"}}
+        changeable |= set() if saved["attn"] in LEARNED else {"block_size"}
+    for name in (given.keys() & saved.keys()) - changeable:
+        if given[name] != saved[name]:
+            raise InputError(f"--{name}={given[name]}: the checkpoint has {saved[name]}; leave that flag out")
+    new = saved | given
+    if start and any(new[name] != saved[name] for name in ("attn", "rank", "joint")):
+        known = "mha to mla; mha_rope, gqa to mla_rope; mla, mla_rope to a lower rank or joint; none with latent_norm"
+        max_rank = (saved["rank"] or 1) * (2 if new["joint"] and not saved["joint"] else 1)
+        if new["attn"] != CONVERTS.get(saved["attn"]) or (new["rank"] or 0) > max_rank or saved["latent_norm"]:
+            raise InputError(f"--init_from: no such conversion from {saved['attn']}. Possible: {known}")
+
     best_device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    device = given.get("device") or best_device
+    device = new.get("device", best_device)
     kind = device.split(":")[0]
-    size = given.get("size") or ("tiny" if kind == "cpu" else "30m")
-    defaults = {name: default for name, (_, default, _) in FLAGS.items()} | SIZES[size] | BUDGETS[size]
-    defaults |= dict(lr=BUDGETS[size]["lr"][given.get("optimizer", "muon")])
-    defaults |= dict(compile=kind == "cuda" and any(map(shutil.which, ("gcc", "clang"))))
-    o = Namespace(**defaults | given | {"device": device, "size": size})
-    o.eval_interval = max(1, o.steps // 20) if o.eval_interval is None else o.eval_interval
+    size = new.get("size", "tiny" if kind == "cpu" else "30m")
+    o = Namespace(**{name: default for name, (_, default, _) in FLAGS.items()} | SIZES[size] | BUDGETS[size] | new)
+    o.device, o.size, o.lr = device, size, new.get("lr", BUDGETS[size]["lr"][o.optimizer])
+    o.eval_interval = new.get("eval_interval", max(1, o.steps // 20))
     o.dtype = o.dtype or ("bfloat16" if fast_bfloat16(device) else "float16" if kind == "cuda" else "float32")
+    o.compile = new.get("compile", kind == "cuda" and any(map(shutil.which, ("gcc", "clang"))))
     for name, least in MINIMUM.items():
         most = 1 if name == "warmup" else 2**32 - 1
         if not least <= getattr(o, name) <= most:
             raise InputError(f"--{name}={getattr(o, name)}: must be from {least} to {most}")
     config = GPTConfig(**{name: value for name, value in vars(o).items() if name in GPTConfig.__dataclass_fields__})
-    vars(o).update({name: value for name, value in asdict(config).items() if name in FLAGS})
+    o.rank, o.rope_dim = config.rank, config.rope_dim  # their defaults depend on the variant
     return o, config, start
 
 
-def read_start(given):
-    """Load the checkpoint for --resume or --init_from -> that checkpoint or None, and its flags, updated by `given`."""
-    if given.get("resume"):
-        start = load_checkpoint(Path(given.get("out", "out")) / "last.pt")[1]
-        if "lines" not in start:
-            raise InputError("--resume: last.pt is of an older version or holds no run; use --init_from")
-        saved, changeable = start["options"] | {"out": "out"}, {"resume", "out", "data", "device", "compile"}
-    elif given.get("init_from"):
-        start = load_checkpoint(given["init_from"])[1]
-        saved = {name: value for name, value in start["config"].items() if name in FLAGS and name != "dropout"}
-        saved["size"] = start["options"]["size"]
-        changeable = {"attn", "rank", "joint"} | (set() if saved["attn"] in LEARNED else {"block_size"})
-    else:
-        return None, given
-    for name in (given.keys() & saved.keys()) - changeable:
-        if given[name] != saved[name]:
-            raise InputError(f"--{name}={given[name]}: the checkpoint has {saved[name]}; leave that flag out")
-    new = saved | given
-    max_rank = (saved["rank"] or 1) * (2 if new["joint"] and not saved["joint"] else 1)
-    possible = new["attn"] == CONVERTS.get(saved["attn"]) and (new["rank"] or 0) <= max_rank
-    if any(new[name] != saved[name] for name in ("attn", "rank", "joint")) and (saved["latent_norm"] or not possible):
-        known = "mha to mla; mha_rope, gqa to mla_rope; mla, mla_rope to a lower rank or joint; none with latent_norm"
-        raise InputError(f"--init_from: no such conversion from {saved['attn']}. Possible: {known}")
-    return start, new
-
-
 def set_up_device(o):
-    """Select this process's device, and join the process group if torchrun started several.
-    -> the device (on cuda, with an index), the rank of this process, the number of processes"""
-    processes, device = int(os.environ.get("WORLD_SIZE", 1)), o.device
-    if o.batch_size % processes:
-        raise InputError(f"--batch_size={o.batch_size}: must be a multiple of the {processes} processes")
-    if processes > 1 and ":" in device:
-        raise InputError(f"--device={device}: leave out the index; torchrun gives each process its own")
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device
+    """Join torchrun's processes, if any -> this process's device (cuda with an index), its rank, how many there are."""
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if o.batch_size % processes or (processes > 1 and ":" in o.device):
+        raise InputError(f"{processes} processes need a --batch_size that they divide, and a --device without an index")
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if o.device == "cuda" else o.device
     check_device(device)
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
@@ -176,14 +159,12 @@ def story_rows(tokens, end, length):
 
 
 def batch(tokens, starts, lengths, device):
-    """The rows of tokens with these starts and lengths (or one length for all) -> idx, targets (B, longest), int64.
-    Targets past the end of a row are -1."""
+    """Rows of tokens, by starts and lengths (or one length) -> idx, targets (B, longest) int64, -1 past a row's end."""
     offsets, lengths = np.arange(np.max(lengths) + 1), np.reshape(lengths, (-1, 1))
-    rows = torch.from_numpy(tokens[np.minimum(starts[:, None] + offsets, len(tokens) - 1)].astype(np.int64))
-    idx, targets = rows[:, :-1].contiguous(), rows[:, 1:].masked_fill(torch.from_numpy(offsets[:-1] >= lengths), -1)
-    if device.startswith("cuda"):  # pinned, so that copying overlaps with computing
-        return tuple(tensor.pin_memory().to(device, non_blocking=True) for tensor in (idx, targets))
-    return idx.to(device), targets.to(device)
+    rows = tokens[np.minimum(starts[:, None] + offsets, len(tokens) - 1)].astype(np.int64)
+    pair = torch.from_numpy(np.stack((rows[:, :-1], np.where(offsets[:-1] < lengths, rows[:, 1:], -1))))
+    on_gpu = device.startswith("cuda")  # from pinned memory, copying overlaps with computing
+    return (pair.pin_memory() if on_gpu else pair).to(device, non_blocking=on_gpu)
 
 
 def compress(w, moment, rank):
@@ -195,31 +176,25 @@ def compress(w, moment, rank):
     return w @ directions, directions.mT
 
 
-@torch.no_grad()
 def convert(model, config, moments):
     """Convert `model` to the mla or mla_rope of `config`, as closely as the rank allows.
 
     moments: second_moments of `model` on training rows. gqa becomes an mla_rope of the same rank and cache, exactly:
     the latents hold its key and value heads, and W_UK and W_UV copy them to all query heads. MLA contains GQA."""
-    new = GPT(config).to(model.token_embedding.weight)
-    old, weights, r, d = model.state_dict(), new.state_dict(), config.latent_dim, config.n_embd
-    new.load_state_dict(weights | {n: w for n, w in old.items() if n in weights and w.shape == weights[n].shape})
-    for block, new_block, moment in zip(model.blocks, new.blocks, moments, strict=True):
-        source, target = copy.deepcopy(block.attn).cpu().double(), new_block.attn
-        if model.config.attn in MLA:
-            w_d = source.w_dk.weight, (source.w_dk if model.config.joint else source.w_dv).weight
-            w_k, w_v = ((w_u.weight @ w).mT for w_u, w in zip((source.w_uk, source.w_uv), w_d, strict=True))
+    new, weights = GPT(config).to(model.token_embedding.weight), dict(model.state_dict())
+    for layer, moment in enumerate(moments):
+        old = {name.split(".")[0]: w.cpu().double() for name, w in model.blocks[layer].attn.state_dict().items()}
+        if "w_dk" in old:
+            w_k, w_v = (old["w_uk"] @ old["w_dk"]).mT, (old["w_uv"] @ old.get("w_dv", old["w_dk"])).mT
         else:  # each head has a copy of its group's keys and values
-            heads = (w.weight.unflatten(0, (-1, config.head_dim)) for w in (source.w_k, source.w_v))
+            heads = (old[name].unflatten(0, (-1, config.head_dim)) for name in ("w_k", "w_v"))
             w_k, w_v = (w.repeat_interleave(config.n_head // len(w), 0).flatten(0, 1).mT for w in heads)
-        if config.joint:
-            down, up = compress(torch.cat((w_k, w_v), 1), moment, r)
-            pairs = (target.w_dk, down), (target.w_uk, up[:, :d]), (target.w_uv, up[:, d:])
-        else:
-            (down_k, up_k), (down_v, up_v) = compress(w_k, moment, r), compress(w_v, moment, r)
-            pairs = (target.w_dk, down_k), (target.w_uk, up_k), (target.w_dv, down_v), (target.w_uv, up_v)
-        for linear, matrix in pairs:
-            linear.weight.copy_(matrix.mT)
+        latents = [torch.cat((w_k, w_v), 1)] if config.joint else [w_k, w_v]
+        down, up = zip(*(compress(w, moment, config.latent_dim) for w in latents), strict=True)
+        w_uk, w_uv = torch.cat(up, 1).split(config.n_embd, 1)
+        found = dict(w_dk=down[0], w_dv=down[-1], w_uk=w_uk, w_uv=w_uv)
+        weights |= {f"blocks.{layer}.attn.{name}.weight": w.mT for name, w in found.items()}
+    new.load_state_dict({name: weights[name] for name in new.state_dict()})
     return new
 
 
@@ -229,11 +204,10 @@ def make_optimizers(model, o):
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
     embeddings = [p for name, p in model.named_parameters() if "embedding" in name]
     gains = [p for p in model.parameters() if p.dim() == 1]
-    muon, decay = o.optimizer == "muon", o.weight_decay
+    options = dict(weight_decay=o.weight_decay, momentum=0.8, adjust_lr_fn="match_rms_adamw")
+    muon = [torch.optim.Muon(matrices, **options)] if o.optimizer == "muon" else []
     groups = [{"params": embeddings if muon else embeddings + matrices}, {"params": gains, "weight_decay": 0.0}]
-    adamw = torch.optim.AdamW(groups, weight_decay=decay, betas=(0.9, 0.99), fused=True)
-    options = dict(weight_decay=decay, momentum=0.8, adjust_lr_fn="match_rms_adamw")
-    return [torch.optim.Muon(matrices, **options), adamw] if muon else [adamw]
+    return [*muon, torch.optim.AdamW(groups, weight_decay=o.weight_decay, betas=(0.9, 0.99), fused=True)]
 
 
 def learning_rate(step, o):
@@ -251,14 +225,14 @@ def utilization(tokens_per_second, model, device, dtype):
     return peak and tokens_per_second * 6 * (weights + c.n_layer * c.n_embd * c.block_size) / peak
 
 
-def write(path, checkpoint):
-    """Write a temporary file, then rename it: a crash leaves either the old file or the new one."""
+def write(path, content):
+    """Write a checkpoint or text to a temporary file, then rename it: a crash leaves the old file or the new one."""
     temporary = path.with_suffix(".tmp")
     try:
-        torch.save(checkpoint, temporary)
+        temporary.write_text(content) if isinstance(content, str) else torch.save(content, temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError if a write fails
         raise OSError(f"{path}: cannot be written ({error}); the previous file is intact") from error
     finally:
@@ -268,12 +242,10 @@ def write(path, checkpoint):
 def new_folder(out):
     """Make the folder of a new run. Move files of an older run to out/previous-1, -2, ..."""
     out.mkdir(parents=True, exist_ok=True)
-    names = ("ckpt.pt", "last.pt", "log.jsonl", "spectrum.jsonl", "train.png")
-    if files := [out / name for name in names if (out / name).exists()]:
-        previous = next(path for i in itertools.count(1) if not (path := out / f"previous-{i}").exists())
-        previous.mkdir()
-        for file in files:
-            file.rename(previous / file.name)
+    previous = next(path for i in itertools.count(1) if not (path := out / f"previous-{i}").exists())
+    for name in ("ckpt.pt", "last.pt", "log.jsonl", "spectrum.jsonl", "train.png"):
+        if (out / name).exists():
+            os.renames(out / name, previous / name)
 
 
 def draw(log, path):
@@ -298,54 +270,49 @@ class Run:
 
     def __init__(self, given):
         self.options, self.config, start = resolve(given)  # wrong flags fail here, before data is made
-        self.made_by = dict(revision=getoutput(REVISION), torch=str(torch.__version__))  # at the start: code may change
         o, config, size, self.out = self.options, self.config, self.config.block_size, Path(self.options.out)
+        self.made_by = dict(revision=getoutput(REVISION), torch=str(torch.__version__))  # at the start: code may change
         self.device, self.process, self.processes = set_up_device(o)
         self.leader = self.process == 0  # only this process reports and writes
         if self.leader and o.data == "stories" and not (DATA / "stories").exists():
             prepare()
         all_reduce(torch.zeros(1))  # a barrier: wait until the data is there
         self.meta, self.train_tokens, self.val_tokens = load_data(o.data)
-        self.facts = {key: value for key, value in self.meta.items() if key != "val_nats"}
-        # Converts nats per token to bits per byte, which do not depend on the tokenizer
-        self.to_bits_per_byte = self.meta["val_tokens"] / self.meta["val_bytes"] / math.log(2)
-        if o.resume and start["meta"] != self.facts:
+        self.val_nats = self.meta.pop("val_nats")  # not for checkpoints: a number for each story
+        if o.resume and start["meta"] != self.meta:
             raise InputError(f"--resume: --data={o.data} is not what the run was trained on")
-        if start and any(start["meta"][name] != self.meta[name] for name in ("tokenizer", "vocab_size")):
-            raise InputError(f"--data={o.data}: must use the tokenizer of {o.init_from}: {start['meta']['tokenizer']}")
-        self.tokenizer, end = load_tokenizer(self.meta["tokenizer"]), self.meta["end"]
-        config.vocab_size = self.tokenizer.n_vocab
-        if config.vocab_size != self.meta["vocab_size"]:
-            raise InputError(f"--data={o.data}: was made with another tokenizer; make it again with data/prepare.py")
+        metas = [start["meta"], self.meta] if start else [self.meta]
+        self.tokenizer = tokenizer = load_tokenizer(metas[0]["tokenizer"])
+        config.vocab_size, end = tokenizer.n_vocab, self.meta["end"]
+        if any((meta["tokenizer"], meta["vocab_size"]) != (tokenizer.name, tokenizer.n_vocab) for meta in metas):
+            raise InputError(f"--data={o.data}: needs the tokenizer of {o.init_from or 'prepare.py'}: {tokenizer.name}")
         self.starts, _ = story_rows(self.train_tokens, end, size)
         self.starts = self.starts[self.starts + size < len(self.train_tokens)]  # where a whole row fits
         if not len(self.starts):
             raise InputError(f"--block_size={size}: the training data has only {len(self.train_tokens) - 1} tokens")
         self.val_rows, self.val_ends = story_rows(self.val_tokens, end, size), np.flatnonzero(self.val_tokens == end)
+        self.to_bits_per_byte = self.meta["val_tokens"] / self.meta["val_bytes"] / math.log(2)  # from nats per token
 
         torch.manual_seed(o.seed)
         kind = self.device.split(":")[0]
-        self.autocast = partial(torch.autocast, kind, getattr(torch, o.dtype), enabled=o.dtype != "float32")
+        self.autocast = lambda: torch.autocast(kind, getattr(torch, o.dtype), enabled=o.dtype != "float32")
         self.scaler = torch.amp.GradScaler(kind, enabled=o.dtype == "float16")
         self.model = GPT(config).to(self.device)
-        if o.init_from and not o.resume:
-            source = load_checkpoint(o.init_from, self.device)[0]
-            if source.config.cache_shapes == config.cache_shapes:
-                self.model.load_state_dict(source.state_dict())
-            else:
-                rows = np.random.default_rng(o.seed).choice(self.starts, 64)
-                idx, _ = batch(self.train_tokens, rows, min(size, source.config.block_size), self.device)
-                self.model = convert(source, config, second_moments(source, idx))
-        self.optimizers = make_optimizers(self.model, o)
-        self.first_step, self.best_val_loss, self.losses, self.norm = 0, math.inf, [], None
-        self.lines = {"log": [], "spectrum": []}  # of log.jsonl and spectrum.jsonl
-        if o.resume:
+        if start and GPTConfig(**start["config"]).cache_shapes == config.cache_shapes:
             self.model.load_state_dict(start["model"])
-            for optimizer, state in zip(self.optimizers, start["optimizers"], strict=True):
-                optimizer.load_state_dict(state)
+        elif start:
+            source = load_checkpoint(o.init_from, self.device)[0]
+            rows = np.random.default_rng(o.seed).choice(self.starts, 64)
+            idx, _ = batch(self.train_tokens, rows, min(size, source.config.block_size), self.device)
+            self.model = convert(source, config, second_moments(source, idx))
+        self.optimizers = make_optimizers(self.model, o)
+        state = start if o.resume else dict(step=0, best=math.inf, losses=[], lines={"log": [], "spectrum": []})
+        self.first_step, self.best_val_loss, self.lines = state["step"], state["best"], state["lines"]
+        self.losses, self.norm = list(torch.tensor(state["losses"], device=self.device)), None
+        if o.resume:
             self.scaler.load_state_dict(start["scaler"])
-            self.first_step, self.best_val_loss, self.lines = start["step"], start["best"], start["lines"]
-            self.losses = list(torch.tensor(start["losses"], device=self.device))
+            for optimizer, saved in zip(self.optimizers, start["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
         self.compiled = torch.compile(self.model, disable=not o.compile)
         # On a CPU, running both batches of a step in parallel, each on half the cores, is 9 to 16% faster. Gradients
         # add up to the same sum in either order. Not with dropout: the order of its random numbers would vary
@@ -354,8 +321,7 @@ class Run:
             self.map = ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(threads,)).map
 
     def backward(self, starts):
-        """Backpropagate this process's part of a batch, and return its share of the loss, which is a mean over all
-        batches and processes. Rows run on into the next story."""
+        """Backpropagate this process's rows of a batch -> their share of the step's loss. They may span stories."""
         idx, targets = batch(self.train_tokens, starts, self.config.block_size, self.device)
         with self.autocast():
             loss = self.compiled(idx, targets)[1] / (self.options.grad_accum * self.processes)
@@ -368,8 +334,7 @@ class Run:
         self.model.train()
         torch.manual_seed(o.seed + step * self.processes + self.process)  # dropout
         starts = np.random.default_rng((o.seed, step)).choice(self.starts, (o.grad_accum, o.batch_size))
-        starts = starts[:, self.process :: self.processes]
-        self.losses.append(sum(self.map(self.backward, starts)))
+        self.losses.append(sum(self.map(self.backward, starts[:, self.process :: self.processes])))
         for share in (self.losses[-1], *(p.grad for p in self.model.parameters())):
             all_reduce(share)  # data parallelism; DistributedDataParallel would hide some of it behind the last batch
         for optimizer in self.optimizers:
@@ -395,14 +360,17 @@ class Run:
             with self.autocast():
                 loss = model(*batch(self.val_tokens, starts, lengths, self.device))[1]
             total, count = total + loss * int(lengths.sum()), count + int(lengths.sum())
-        nats = np.cumsum([0.0, *(self.meta["val_nats"] or [])])  # information up to the end of each story
-        floor = float(np.interp(count, self.val_ends, nats)) / count if self.meta["val_nats"] else None
+        nats = np.cumsum([0.0, *(self.val_nats or [])])  # information up to the end of each story
+        floor = float(np.interp(count, self.val_ends, nats)) / count if self.val_nats else None
         return float(total) / count, floor
 
     def save(self, step, val_loss=None, floor=None):
         """Write last.pt and the logs, and ckpt.pt if val_loss is the best so far."""
+        value = float(sum(p.detach().sum() for p in self.model.parameters())) if val_loss is None else val_loss
+        if not math.isfinite(value):
+            raise FloatingPointError(f"by step {step} the loss is {value}; lower --lr. Older checkpoints: {self.out}")
         checkpoint = dict(format=FORMAT, made_by=self.made_by, config=asdict(self.config), options=vars(self.options))
-        checkpoint |= dict(meta=self.facts, model=self.model.state_dict(), step=step, val_loss=val_loss, floor=floor)
+        checkpoint |= dict(meta=self.meta, model=self.model.state_dict(), step=step, val_loss=val_loss, floor=floor)
         if val_loss is not None and val_loss < self.best_val_loss:
             self.best_val_loss = val_loss
             write(self.out / "ckpt.pt", checkpoint)
@@ -413,45 +381,36 @@ class Run:
 
     def write_logs(self):
         for name, lines in self.lines.items():
-            temporary = self.out / f"{name}.tmp"
-            temporary.write_text("".join(line + "\n" for line in lines))
-            os.replace(temporary, self.out / f"{name}.jsonl")
-
-    def check_finite(self, step, loss):
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"by step {step} the loss is {loss}; lower --lr. Older checkpoints: {self.out}")
+            write(self.out / f"{name}.jsonl", "".join(line + "\n" for line in lines))
 
     def report(self, step):
-        """Evaluate, print a line, log it, and save."""
+        """Evaluate, log, save, and print a line."""
         o, tokens = self.options, self.options.batch_size * self.options.grad_accum * self.config.block_size
-        losses = [float(loss) for loss in self.losses]  # waits for the device
+        loss = sum(map(float, self.losses)) / len(self.losses) if self.losses else None  # waits for the device
         seconds, steps_timed = time.perf_counter() - self.clock[0], step - self.clock[1]
-        val_loss, floor = self.evaluate(self.model, o.eval_steps)
-        self.check_finite(step, sum(losses) + val_loss)
-        loss = sum(losses) / len(losses) if losses else None
-        over = val_loss - floor if floor else val_loss * self.to_bits_per_byte
         rate = steps_timed * tokens / seconds if steps_timed else None
         mfu = rate and utilization(rate / self.processes, self.model, self.device, o.dtype)
         left = rate and (o.steps - step) * tokens / rate / 60
-        cells = (loss, ".4f"), (val_loss, ".4f"), (over, ".4f"), (rate, ",.0f"), (mfu, ".0%"), (left, ".1f")
-        print(f"{step:6}", *(f"{'-' if x is None else format(x, style):>9}" for x, style in cells), flush=True)
+        val_loss, floor = self.evaluate(self.model, o.eval_steps)
+        over = val_loss - floor if floor else val_loss * self.to_bits_per_byte
         entry = dict(step=step, tokens=step * tokens, loss=loss, val_loss=val_loss, tokens_per_second=rate)
         entry["excess" if floor else "bits_per_byte"] = over
         entry["gradient_norm"] = None if self.norm is None else float(self.norm)
         self.lines["log"].append(json.dumps(entry))
         self.losses = []
         self.save(step, val_loss, floor)
+        cells = (loss, ".4f"), (val_loss, ".4f"), (over, ".4f"), (rate, ",.0f"), (mfu, ".0%"), (left, ".1f")
+        print(f"{step:6}", *(f"{'-' if x is None else format(x, style):>9}" for x, style in cells), flush=True)
         self.clock = time.perf_counter(), step
 
     def train(self):
-        """Take all steps, with a report every eval_interval. Ctrl-C and SIGTERM stop after the current step.
-        Returns the exit status: None if done, 130 if stopped."""
+        """Take all steps. Ctrl-C and SIGTERM stop after the current one. -> status: None if done, 130 if stopped."""
         o, stop, self.clock = self.options, [], (time.perf_counter(), self.first_step)
         if self.leader:
             self.write_logs() if o.resume else new_folder(self.out)
             print(f"{o.attn}, {sum(p.numel() for p in self.model.parameters()):,} parameters; {self.device}, {o.dtype}")
-            over = "excess" if self.meta["val_nats"] else "bits/byte"
-            print("  step", *(f"{word:>9}" for word in ("loss", "val loss", over, "tokens/s", "MFU", "min left")))
+            over = "excess" if self.val_nats else "bits/byte"
+            print(f"  step      loss  val loss {over:>9}  tokens/s       MFU  min left")
         recipe = {name: value for name, value in vars(o).items() if name not in ("out", "resume", "device", "compile")}
         handlers = {s: signal.signal(s, lambda s, _: stop.append(s)) for s in (signal.SIGINT, signal.SIGTERM)}
         snapshots = {round(o.steps * (i / 20) ** 2) for i in range(21)}  # dense at the start, where spectra change most
@@ -469,7 +428,6 @@ class Run:
                 self.clock = time.perf_counter(), step + 1
         if self.leader:
             if step < o.steps:
-                self.check_finite(step, float(sum(p.detach().sum() for p in self.model.parameters())))
                 self.save(step)
                 print(f"stopped after {step} of {o.steps} steps. Continue: python train.py --resume --out={self.out}")
             draw([json.loads(line) for line in self.lines["log"]], self.out / "train.png")
@@ -478,10 +436,9 @@ class Run:
             dist.destroy_process_group()
         for s, handler in handlers.items():  # only now: a second Ctrl-C must not interrupt saving
             signal.signal(s, handler)
-        if step < o.steps:
-            return 130
-        if self.leader:
+        if self.leader and step == o.steps:
             self.finish()
+        return 130 if step < o.steps else None
 
     def finish(self):
         """Print the best model's loss on all validation data, its recall, its cache, a story, and what to try next."""
@@ -512,7 +469,7 @@ class Run:
 
 def main():
     if status := Run(parse_arguments()).train():
-        sys.exit(status)
+        raise SystemExit(status)
 
 
 if __name__ == "__main__":
