@@ -92,6 +92,8 @@ def resolve(given):
     start, saved, changeable = None, {}, {"attn", "rank", "joint"}
     if given.get("resume"):
         start = load_checkpoint(Path(given.get("out", "out")) / "last.pt")[1]
+        if "lines" not in start:
+            raise InputError("--resume: last.pt is of an older version or holds no run; use --init_from")
         saved, changeable = start["options"] | {"out": "out"}, {"resume", "out", "data", "device", "compile"}
     elif given.get("init_from"):
         start = load_checkpoint(given["init_from"])[1]
@@ -285,7 +287,8 @@ class Run:
         self.tokenizer = tokenizer = load_tokenizer(metas[0]["tokenizer"])
         config.vocab_size, end = tokenizer.n_vocab, self.meta["end"]
         if any((meta["tokenizer"], meta["vocab_size"]) != (tokenizer.name, tokenizer.n_vocab) for meta in metas):
-            raise InputError(f"--data={o.data}: needs the tokenizer of {o.init_from or 'prepare.py'}: {tokenizer.name}")
+            needed = f"the tokenizer of {o.init_from or 'this version'}, {tokenizer.name}"
+            raise InputError(f"--data={o.data}: needs {needed}; make it again with data/prepare.py")
         self.starts, _ = story_rows(self.train_tokens, end, size)
         self.starts = self.starts[self.starts + size < len(self.train_tokens)]  # where a whole row fits
         if not len(self.starts):
