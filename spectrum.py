@@ -445,7 +445,7 @@ def analyse_runs(paths, args):
     for (_, *steps), runs in groups.items():
         names, config = " ".join(str(path) for path, _, _ in runs), runs[0][1]
         diagnosed = show(names, config, steps, stack([found for _, _, found in runs]), args.null)
-        title = runs[0][0].name + (f", {len(runs)} seeds" if len(runs) > 1 else "") + f"\n{config.attn}, "
+        title = runs[0][0].name[:32] + (f", {len(runs)} seeds" if len(runs) > 1 else "") + f"\n{config.attn}, "
         shown = diagnosed.keys() & {"content heads", "rotary heads"}
         columns += [(title + name, steps, diagnosed[name]) for name in sorted(shown)]
         report.append(dict(runs=names, null=args.null, config=asdict(config), steps=steps, diagnostics=diagnosed))
