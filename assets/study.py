@@ -148,7 +148,7 @@ def draw_cache(path, rows, ylabel):
     axes.minorticks_off()
     axes.set_ylabel(ylabel)
     for label in axes.texts:
-        if label.get_text().startswith("mla_rope"):  # beside gqa's
+        if label.get_text() == "mla_rope 1/2":  # beside gqa's
             label.set(position=(-4, -12), ha="right")
     axes.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=120)
@@ -182,7 +182,7 @@ def main(out):
     if rates:
         lines = [[r["name"], r["lr"], f"{r['bits_per_byte']:.4f}"] for r in rates]
         tables += [markdown([["attn", "lr", "bits per byte"], *lines])]
-    (out / "study.json").write_text(json.dumps({"runs": runs}, indent=1))
+    (out / "study.json").write_text("[\n" + ",\n".join(map(json.dumps, runs)) + "\n]\n")
     (out / "tables.md").write_text("\n".join(tables))
     print(*tables, sep="\n")
     muon = [row | {"val_loss": row["bits_per_byte"], "val_loss_error": row["bits_per_byte_error"]} for row in text]
