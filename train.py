@@ -369,6 +369,7 @@ class Run:
 
     def save(self, step, val_loss=None, floor=None):
         """Write last.pt and the logs, and ckpt.pt if val_loss is the best so far."""
+        # If training was stopped, there is no loss, but any weight that is not finite shows in their sum
         value = float(sum(p.detach().sum() for p in self.model.parameters())) if val_loss is None else val_loss
         if not math.isfinite(value):
             raise FloatingPointError(f"by step {step} the loss is {value}; lower --lr. Older checkpoints: {self.out}")

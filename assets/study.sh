@@ -1,7 +1,7 @@
 #!/bin/bash
 # The study of assets/study.md: trains every model into study/SCALE, then makes the tables and figures there.
 #
-#     bash assets/study.sh cpu     about 12 hours on 2 cores; needs data/kjv, see assets/study.md
+#     bash assets/study.sh cpu     about 9 hours on 2 cores; needs data/kjv, see assets/study.md
 #     bash assets/study.sh gpu     on one H100-class GPU; not run yet
 #
 # Stopped, it continues where it was. Flags of train.py may follow, to try it: bash assets/study.sh cpu --steps=20
@@ -90,6 +90,7 @@ run() { # the flags are the run's name, too
     fi
 }
 export -f run
+[ -e data/kjv/meta.json ] || { echo "study.sh: make data/kjv first, as assets/study.md says" >&2 && exit 2; }
 [ -e data/stories/meta.json ] || python data/prepare.py
 # Runs of one thread each, side by side, train more than one run of all threads. A GPU needs one, and its threads.
 [ $scale = gpu ] || export OMP_NUM_THREADS=1
